@@ -1,0 +1,140 @@
+"""Derives the polynomial coefficients of csrc/lane.h: minimax fits by the Remez exchange algorithm.
+
+    python tools/coefficients.py          prints every table as it stands in csrc/lane.h
+
+Each function is written as `head(x) + x^k P(u)`, where the head is exact, and P is the polynomial of the given
+degree that minimises the largest relative error of the whole function over the interval. The fit is made in 40 digits and its
+coefficients are rounded to the type once; `error` is the largest relative error after the rounding, evaluated exactly,
+so it leaves out only the rounding of the evaluation itself.
+
+Needs mpmath (torch brings it, through sympy).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mpmath as mp
+
+mp.mp.dps = 40
+LN2 = mp.log(2)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One table: `target(u)` is what P(u) approximates, `weight(u)` turns its error into the function's relative error."""
+
+    name: str
+    of: str
+    target: Callable[[mp.mpf], mp.mpf]
+    weight: Callable[[mp.mpf], mp.mpf]
+    low: mp.mpf
+    high: mp.mpf
+    degree: int
+    ctype: str
+
+
+def series(f: Callable[[mp.mpf], mp.mpf], taylor: list[mp.mpf], u: mp.mpf) -> mp.mpf:
+    """f(u), through its Taylor polynomial where the closed form cancels."""
+    return mp.polyval(taylor[::-1], u) if abs(u) < mp.mpf("1e-3") else f(u)
+
+
+EXPM1 = [1 / mp.factorial(k + 2) for k in range(14)]
+TANH = [c for c in mp.taylor(mp.tanh, 0, 31)[3::2]]
+
+
+def expm1_tail(r: mp.mpf) -> mp.mpf:
+    return series(lambda u: (mp.expm1(u) - u) / u**2, EXPM1, r)
+
+
+def tanh_tail(z: mp.mpf) -> mp.mpf:
+    return series(lambda u: (mp.tanh(mp.sqrt(u)) / mp.sqrt(u) - 1) / u, TANH, z)
+
+
+def tanh_weight(z: mp.mpf) -> mp.mpf:
+    return mp.mpf(1) if z == 0 else z / (mp.tanh(mp.sqrt(z)) / mp.sqrt(z))
+
+
+HALF = LN2 / 2 * mp.mpf("1.0005")  # rounding x / ln 2 may miss the nearest integer by a little
+FITS = [
+    # exp: relative to exp(r) itself, because the 1 is added before the result is scaled. (double uses expm1's table.)
+    Fit("exp_tail<float>", "(e^r - 1 - r) / r^2 of r", expm1_tail, lambda r: r**2 / mp.exp(r), -HALF, HALF, 4, "float"),
+    # expm1: relative to expm1(r), which is stricter, because nothing is added where |x| is small.
+    Fit("expm1_tail<float>", "(e^r - 1 - r) / r^2 of r", expm1_tail,
+        lambda r: r**2 / mp.expm1(r) if r else mp.mpf(0), -HALF, HALF, 5, "float"),
+    Fit("expm1_tail<double>", "(e^r - 1 - r) / r^2 of r", expm1_tail,
+        lambda r: r**2 / mp.expm1(r) if r else mp.mpf(0), -HALF, HALF, 11, "double"),
+    Fit("tanh_tail<float>", "(tanh x - x) / x^3 of x^2", tanh_tail, tanh_weight, mp.mpf(0), mp.mpf("0.625") ** 2, 5, "float"),
+    Fit("tanh_tail<double>", "(tanh x - x) / x^3 of x^2", tanh_tail, tanh_weight, mp.mpf(0), mp.mpf("0.625") ** 2, 11, "double"),
+]
+
+
+def rounded(value: mp.mpf, ctype: str) -> mp.mpf:
+    return mp.mpf(struct.unpack("f", struct.pack("f", float(value)))[0] if ctype == "float" else float(value))
+
+
+def literal(value: mp.mpf, ctype: str) -> str:
+    return re.sub(r"\.?0*p", "p", float(value).hex()) + ("f" if ctype == "float" else "")
+
+
+def remez(fit: Fit) -> list[mp.mpf]:
+    """Coefficients, lowest first: exchange until the error alternates with one height."""
+    n = fit.degree + 2
+    middle, half = (fit.low + fit.high) / 2, (fit.high - fit.low) / 2
+    points = [middle + half * mp.cos(mp.pi * (2 * i + 1) / (2 * n)) for i in range(n)][::-1]
+    coefficients: list[mp.mpf] = []
+    for _ in range(12):
+        rows = mp.matrix(n, n)
+        values = mp.matrix(n, 1)
+        for i, u in enumerate(points):
+            for k in range(fit.degree + 1):
+                rows[i, k] = u**k
+            weight = fit.weight(u)
+            rows[i, fit.degree + 1] = (-1) ** i / (weight if abs(weight) > mp.mpf("1e-30") else mp.mpf("1e-30"))
+            values[i] = fit.target(u)
+        solution = mp.lu_solve(rows, values)
+        coefficients = [solution[k] for k in range(fit.degree + 1)]
+
+        def error(u: mp.mpf, c: list[mp.mpf] = coefficients) -> mp.mpf:
+            return (mp.polyval(c[::-1], u) - fit.target(u)) * fit.weight(u)
+
+        grid = [fit.low + (fit.high - fit.low) * i / 600 for i in range(601)]
+        heights = [error(u) for u in grid]
+        peaks: list[tuple[mp.mpf, mp.mpf]] = []
+        for u, height in zip(grid, heights, strict=True):
+            if peaks and (height > 0) == (peaks[-1][1] > 0):
+                if abs(height) > abs(peaks[-1][1]):
+                    peaks[-1] = (u, height)
+            else:
+                peaks.append((u, height))
+        while len(peaks) > n:
+            peaks.pop(0 if abs(peaks[0][1]) < abs(peaks[-1][1]) else -1)
+        if len(peaks) < n:
+            break
+        points = [u for u, _ in peaks]
+    return coefficients
+
+
+def worst(fit: Fit, coefficients: list[mp.mpf]) -> mp.mpf:
+    grid = [fit.low + (fit.high - fit.low) * i / 1000 for i in range(1001)]
+    return max(abs((mp.polyval(coefficients[::-1], u) - fit.target(u)) * fit.weight(u)) for u in grid)
+
+
+def main() -> None:
+    for fit in FITS:
+        coefficients = [rounded(c, fit.ctype) for c in remez(fit)]
+        error = mp.log(worst(fit, coefficients), 2)
+        print(f"// {fit.name}: {fit.of}, degree {fit.degree}, relative error 2^{float(error):.1f}")
+        print(", ".join(literal(c, fit.ctype) for c in coefficients))
+    for ctype, bits in (("float", 15), ("double", 38)):
+        # The high part keeps so few bits that n * high is exact for every n of the range.
+        high = mp.floor(LN2 * 2**bits + mp.mpf("0.5")) / 2**bits
+        low = rounded(LN2 - high, ctype)
+        print(f"// ln2<{ctype}>: high, low\n{literal(high, ctype)}, {literal(low, ctype)}")
+
+
+if __name__ == "__main__":
+    main()
