@@ -1,0 +1,85 @@
+// THE MATHEMATICS: one functor per elementwise activation, forward beside backward, then the one list of rows.
+//
+// A functor is a template over its lane type (lane.h says which words it may use). `forward(x)` is the activation,
+// `backward(dy, saved)` is dy times its derivative, written in terms of the tensor that is kept: the output y, or the input x where
+// saves_input() says so. Everything else -- instruction sets, dtypes, CUDA, ops, autograd, forward and reverse mode of any
+// order, tests, benchmark, documentation -- follows from these lines and from the rows at the end.
+#pragma once
+
+#include "lane.h"
+
+namespace fastact {
+namespace FASTACT_NAMESPACE {
+
+/// For functors whose derivative follows from the output.
+struct SavesOutput {
+  FASTACT_FN static bool saves_input(const double*) { return false; }
+};
+
+/// 1 / (1 + exp(-x)). With e = exp(-|x|) there is one division, d = e / (1 + e), and no overflow. Where x < 0 and e is small,
+/// e - e d has the accuracy of e alone.
+template <class V>
+struct Sigmoid : SavesOutput {
+  FASTACT_FN explicit Sigmoid(const double*) {}
+  FASTACT_FN V forward(V x) const {
+    const V e = exp_nonpositive(-abs(x));
+    const V d = e / (1 + e);
+    return select(x > V(0), 1 - d, select(e < V(0.5), fma(-e, d, e), d));
+  }
+  FASTACT_FN V backward(V dy, V y) const { return dy * (y * (1 - y)); }
+};
+
+/// max(x, 0). Exact; keeps NaN and -0.0, and lets the gradient pass at NaN, as torch does.
+template <class V>
+struct ReLU : SavesOutput {
+  FASTACT_FN explicit ReLU(const double*) {}
+  FASTACT_FN V forward(V x) const { return max(V(0), x); }
+  FASTACT_FN V backward(V dy, V y) const { return select(y <= V(0), V(0), dy); }
+};
+
+/// x where x > 0, else negative_slope x. One rounding. The sign of y tells the branch unless the slope is negative.
+template <class V>
+struct LeakyReLU {
+  V negative_slope;
+  FASTACT_FN explicit LeakyReLU(const double* p) : negative_slope(p[0]) {}
+  FASTACT_FN static bool saves_input(const double* p) { return p[0] < 0; }
+  FASTACT_FN V forward(V x) const { return select(x > V(0), x, negative_slope * x); }
+  FASTACT_FN V backward(V dy, V saved) const { return select(saved > V(0), dy, negative_slope * dy); }
+};
+
+/// tanh(x): 1 - 2 / (1 + e^(2|x|)) above 0.625, |x| + |x|^3 P(x^2) below, with the sign put back, so that it is odd bit for bit.
+template <class V>
+struct Tanh : SavesOutput {
+  FASTACT_FN explicit Tanh(const double*) {}
+  FASTACT_FN V forward(V x) const {
+    using C = Constants<typename ElementOf<V>::type>;
+    const V a = abs(x);
+    const V large = 1 - 2 / (1 + exp(a + a));
+    const V small = fma(a, (a * a) * polynomial(a * a, C::tanh_tail), a);
+    return copysign(select(a > V(0.625), large, small), x);
+  }
+  // (1 - y)(1 + y) rather than 1 - y^2: both factors are exact to a rounding where y is near 1.
+  FASTACT_FN V backward(V dy, V y) const { return dy * ((1 - y) * (1 + y)); }
+};
+
+/// scale / (1 + exp(-slope x)).
+template <class V>
+struct ScaledSigmoid : SavesOutput {
+  V scale, slope, slope_over_scale;
+  FASTACT_FN explicit ScaledSigmoid(const double* p)
+      : scale(p[0]), slope(p[1]), slope_over_scale(p[0] == 0 ? 0 : p[1] / p[0]) {}
+  FASTACT_FN V forward(V x) const { return scale * Sigmoid<V>(nullptr).forward(slope * x); }
+  // dy slope y (1 - y / scale), with the difference taken first, where it is exact.
+  FASTACT_FN V backward(V dy, V y) const { return dy * ((slope_over_scale * y) * (scale - y)); }
+};
+
+}  // namespace FASTACT_NAMESPACE
+}  // namespace fastact
+
+/// The one list: ROW(op, functor, names of the float parameters ...).
+#define FASTACT_ACTIVATIONS(ROW)              \
+  ROW(sigmoid, Sigmoid)                       \
+  ROW(relu, ReLU)                             \
+  ROW(leaky_relu, LeakyReLU, "negative_slope") \
+  ROW(tanh, Tanh)                             \
+  ROW(scaled_sigmoid, ScaledSigmoid, "scale", "slope")

@@ -1,0 +1,154 @@
+// The words that formulas are made of. A formula is a template over its lane type: a float or double, a SIMD vector of them
+// (cpu/vector.h), a CUDA thread's scalar, or a tensor (torch/tensor_lane.h), and it may use only what stands here:
+// + - * / on lanes and integers, V(constant), comparisons, and the functions of this file.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FASTACT_FN __host__ __device__ __forceinline__
+#else
+// Always inlined, so that code compiled for one instruction set can never be the copy that another one links to.
+#define FASTACT_FN inline __attribute__((always_inline))
+#endif
+
+// Each translation unit that is compiled for an instruction set of its own names its own namespace.
+#ifndef FASTACT_NAMESPACE
+#define FASTACT_NAMESPACE generic
+#endif
+
+namespace fastact {
+namespace FASTACT_NAMESPACE {
+
+/// The floating-point type inside a lane type.
+template <class V>
+struct ElementOf {
+  using type = typename V::Element;
+};
+template <>
+struct ElementOf<float> {
+  using type = float;
+};
+template <>
+struct ElementOf<double> {
+  using type = double;
+};
+
+// ---- Words every lane type defines for itself; here for the scalars. -----------------------------------------------
+
+/// a where the condition holds, else b.
+FASTACT_FN float select(bool condition, float a, float b) { return condition ? a : b; }
+FASTACT_FN double select(bool condition, double a, double b) { return condition ? a : b; }
+
+/// a where a > b, else b: so b where either is NaN, and where both are zero.
+FASTACT_FN float max(float a, float b) { return a > b ? a : b; }
+FASTACT_FN double max(double a, double b) { return a > b ? a : b; }
+
+/// a where a < b, else b: so b where either is NaN, and where both are zero.
+FASTACT_FN float min(float a, float b) { return a < b ? a : b; }
+FASTACT_FN double min(double a, double b) { return a < b ? a : b; }
+
+FASTACT_FN float abs(float x) { return __builtin_fabsf(x); }
+FASTACT_FN double abs(double x) { return __builtin_fabs(x); }
+
+/// The magnitude of x with the sign of s.
+FASTACT_FN float copysign(float x, float s) { return __builtin_copysignf(x, s); }
+FASTACT_FN double copysign(double x, double s) { return __builtin_copysign(x, s); }
+
+/// a * b + c. Rounded once where the hardware can, else twice.
+FASTACT_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+FASTACT_FN double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+/// x * 2^n for an integral n, rounded once where the result is subnormal.
+FASTACT_FN float scale2(float x, float n) { return __builtin_ldexpf(x, int(n)); }
+FASTACT_FN double scale2(double x, double n) { return __builtin_ldexp(x, int(n)); }
+
+// ---- Approximations. Coefficients: tools/coefficients.py. -----------------------------------------------------------
+
+template <class T>
+struct Constants;
+
+template <>
+struct Constants<float> {
+  static constexpr float log2_e = 0x1.715476p+0f;
+  static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+  // Adding it rounds to the nearest integer: 1.5 * 2^(bits of the fraction).
+  static constexpr float round_bias = 0x1.8p23f;
+  // Below the first, exp rounds to 0; from the second on, to infinity.
+  static constexpr float exp_low = -104.5f, exp_high = 89.0f;
+  // (e^r - 1 - r) / r^2, degree 4, 2^-28.0 of e^r
+  static constexpr float exp_tail[] = {0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f4p-5f, 0x1.123a2p-7f, 0x1.6a23c8p-10f};
+  // (e^r - 1 - r) / r^2, degree 5, 2^-28.4 of e^r - 1
+  static constexpr float expm1_tail[] = {0x1p-1f,        0x1.555556p-3f,  0x1.55549ep-5f,
+                                         0x1.11101ep-7f, 0x1.6d8398p-10f, 0x1.a2a3a4p-13f};
+  // (tanh x - x) / x^3 of x^2, degree 5, 2^-26.6 of tanh x, for |x| <= 0.625
+  static constexpr float tanh_tail[] = {-0x1.555556p-2f, 0x1.1110ccp-3f,  -0x1.b9fef6p-5f,
+                                        0x1.64259p-6f,   -0x1.0e95e2p-7f, 0x1.218a7p-9f};
+};
+
+template <>
+struct Constants<double> {
+  static constexpr double log2_e = 0x1.71547652b82fep+0;
+  static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
+  static constexpr double round_bias = 0x1.8p52;
+  static constexpr double exp_low = -746.0, exp_high = 710.0;
+  // (e^r - 1 - r) / r^2, degree 11, 2^-59.6 of e^r - 1
+  static constexpr double expm1_tail[] = {
+      0x1p-1,                0x1.5555555555555p-3,  0x1.5555555555559p-5,  0x1.1111111111118p-7,
+      0x1.6c16c16c14a5ap-10, 0x1.a01a01a01461ep-13, 0x1.a01a01aec8ca6p-16, 0x1.71de3a74c5bp-19,
+      0x1.27e4c9c42bfp-22,   0x1.ae63b7439a389p-26, 0x1.1f8f1262b0355p-29, 0x1.627d5d1168c3bp-33};
+  static constexpr const double (&exp_tail)[12] = expm1_tail;
+  // (tanh x - x) / x^3 of x^2, degree 11, 2^-55.6 of tanh x, for |x| <= 0.625
+  static constexpr double tanh_tail[] = {
+      -0x1.5555555555555p-2,  0x1.1111111110f5cp-3,  -0x1.ba1ba1b9f2c2fp-5,  0x1.664f4876a3f33p-6,
+      -0x1.226e336eb214ap-7,  0x1.d6d36fc4ebc73p-9,  -0x1.7d9d2b2445a88p-10, 0x1.35130648b449ep-11,
+      -0x1.f16054e5be311p-13, 0x1.8117c551bcba4p-14, -0x1.fe7e6387a9dd5p-16, 0x1.9c3187dedd74cp-18};
+};
+
+/// c[0] + c[1] u + c[2] u^2 + ..., by Horner's rule.
+template <class V, class T, int count>
+FASTACT_FN V polynomial(V u, const T (&c)[count]) {
+  V sum(c[count - 1]);
+#pragma GCC unroll 16
+  for (int k = count - 2; k >= 0; --k) sum = fma(sum, u, V(c[k]));
+  return sum;
+}
+
+/// x = n ln 2 + r with n integral and |r| <= ln(2) / 2. Exact to one rounding of r, for |x| below about 1000.
+template <class V>
+struct Reduced {
+  V n, r;
+  FASTACT_FN explicit Reduced(V x) {
+    using C = Constants<typename ElementOf<V>::type>;
+    n = fma(x, V(C::log2_e), V(C::round_bias)) - V(C::round_bias);
+    r = fma(n, V(-C::ln2_low), fma(n, V(-C::ln2_high), x));
+  }
+};
+
+/// e^x. Max error 1.1 ULP (float with FMA), gradual underflow, overflow to infinity, NaN for NaN.
+template <class V>
+FASTACT_FN V exp(V x) {
+  using C = Constants<typename ElementOf<V>::type>;
+  // The bound comes first in min and max, so that NaN passes through them.
+  const Reduced<V> a(min(V(C::exp_high), max(V(C::exp_low), x)));
+  return scale2(1 + fma(a.r * a.r, polynomial(a.r, C::exp_tail), a.r), a.n);
+}
+
+/// e^x for x <= 0: exp without the bound that positive arguments need.
+template <class V>
+FASTACT_FN V exp_nonpositive(V x) {
+  using C = Constants<typename ElementOf<V>::type>;
+  const Reduced<V> a(max(V(C::exp_low), x));
+  return scale2(1 + fma(a.r * a.r, polynomial(a.r, C::exp_tail), a.r), a.n);
+}
+
+/// e^x - 1 for x <= 0. Max error 1.5 ULP; -1 far below zero, x near zero, NaN for NaN.
+template <class V>
+FASTACT_FN V expm1_nonpositive(V x) {
+  using C = Constants<typename ElementOf<V>::type>;
+  const Reduced<V> a(max(V(C::exp_low), x));
+  const V tail = fma(a.r * a.r, polynomial(a.r, C::expm1_tail), a.r);
+  const V power = scale2(V(1), a.n);
+  return select(a.n == V(0), tail, fma(power, tail, power - 1));
+}
+
+}  // namespace FASTACT_NAMESPACE
+}  // namespace fastact

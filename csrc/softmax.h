@@ -1,0 +1,30 @@
+// The mathematics of softmax over a row x_0 ... x_{n-1}, with m its maximum:
+//
+//   y_j = e_j / s,  e_j = exp(x_j - m),  s = sum e_j            backward: dx_j = y_j (dy_j - d),  d = sum dy_j y_j
+//
+// The maximum is subtracted before anything else, so that a row of huge equal numbers is right. It need not carry NaN: an x_j that is
+// NaN makes e_j, and so s and the whole row, NaN. A row of -inf, or one that holds +inf, is NaN through inf - inf.
+//
+// s and d are summed in one order, whatever the layout, the vector width or the number of threads: element j goes to partial sum
+// j mod kSumLanes, in order of j, and after every kSumBlock elements the partial sums are added as a tree (8 apart, 4, 2, 1) and
+// the result goes to a total kept in double. So a result depends on the row alone, and the error of the sum does not grow with n.
+#pragma once
+
+#include "lane.h"
+
+namespace fastact {
+namespace FASTACT_NAMESPACE {
+
+constexpr int kSumLanes = 16;
+constexpr int kSumBlock = 64 * kSumLanes;
+
+template <class V>
+struct Softmax {
+  FASTACT_FN static V term(V x, V maximum) { return exp_nonpositive(x - maximum); }
+  FASTACT_FN static V forward(V term, V inverse_sum) { return term * inverse_sum; }
+  FASTACT_FN static V product(V dy, V y, V sum) { return fma(dy, y, sum); }
+  FASTACT_FN static V backward(V dy, V y, V dot) { return y * (dy - dot); }
+};
+
+}  // namespace FASTACT_NAMESPACE
+}  // namespace fastact
