@@ -1,0 +1,279 @@
+// Autograd, in the shape of torch's generated code: a node for every forward op and one for every backward op, forward mode
+// beside reverse mode. Both kinds serve every row and softmax; what tells these apart is in Call.
+#include <ATen/OpMathType.h>
+#include <ATen/ops/sum.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/library.h>
+
+#include "node_ptr.h"
+#include "rows.h"
+#include "tensor_lane.h"
+
+namespace fastact {
+namespace {
+
+using at::Tensor;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+/// d backward(dy, saved) / d saved, elementwise; undefined where it is zero everywhere.
+template <template <class> class Functor>
+Tensor derivative(const Tensor& dy, const Tensor& saved, const double* parameters) {
+  // 16-bit types compute in float, as the kernels do.
+  const auto type = at::toOpMathType(saved.scalar_type());
+  const Functor<TensorLane> f(parameters);
+  const TensorLane dx = f.backward({Term{dy.to(type)}, Term{}}, {Term{saved.to(type)}, Term{{}, 1}});
+  if (dx.tangent.tensor.defined()) return dx.tangent.tensor.to(saved.scalar_type());
+  return dx.tangent.is(0) ? Tensor() : at::full_like(saved, dx.tangent.constant);
+}
+
+using Derivative = Tensor (*)(const Tensor&, const Tensor&, const double*);
+#define FASTACT_DERIVATIVE(name, Functor, ...) derivative<generic::Functor>,
+constexpr Derivative kDerivatives[] = {FASTACT_ACTIVATIONS(FASTACT_DERIVATIVE)};
+#undef FASTACT_DERIVATIVE
+
+/// One activation with its parameters: what the nodes need to know of it. `dx` below is backward(dy, saved).
+struct Call {
+  int row;  // kSoftmax for softmax
+  double parameters[kMaxParameters] = {};
+  int64_t dim = 0;
+
+  static constexpr int kSoftmax = -1;
+
+  std::string name() const { return row == kSoftmax ? "Softmax" : kRows[row].functor; }
+  bool saves_input() const { return row != kSoftmax && kRows[row].saves_input(parameters); }
+
+  Tensor backward(const Tensor& dy, const Tensor& saved) const {
+    if (row == kSoftmax) return softmax_backward_op().call(dy, saved, dim);
+    return with_arity(kRows[row].arity(), [&]<class... P>() {
+      return spread<P...>(parameters, [&](P... p) { return backward_op<P...>(row).call(dy, saved, p...); });
+    });
+  }
+
+  /// Gradient of <ddx, dx> with respect to the saved tensor; undefined where it is zero.
+  Tensor saved_gradient(const Tensor& ddx, const Tensor& dy, const Tensor& saved) const {
+    if (row == kSoftmax)  // ddx (dy - sum(dy y)) - dy sum(ddx y)
+      return ddx * (dy - (dy * saved).sum(dim, true)) - dy * (ddx * saved).sum(dim, true);
+    const Tensor d = kDerivatives[row](dy, saved, parameters);
+    return d.defined() ? ddx * d : d;
+  }
+
+  /// Tangent of dx for a tangent of the saved tensor; undefined where it is zero.
+  Tensor saved_tangent(const Tensor& t, const Tensor& dy, const Tensor& saved) const {
+    if (row == kSoftmax)  // t (dy - sum(dy y)) - y sum(dy t)
+      return t * (dy - (dy * saved).sum(dim, true)) - saved * (dy * t).sum(dim, true);
+    return saved_gradient(t, dy, saved);
+  }
+};
+
+template <class... P>
+Call call_of(int row, P... p) {
+  return {row, {p...}};
+}
+
+struct BackwardNode : torch::autograd::TraceableFunction {
+  Call activation;
+  SavedVariable dy, saved;
+
+  explicit BackwardNode(const Call& c) : activation(c) {}
+  std::string name() const override { return activation.name() + "BackwardBackward"; }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    dy.reset_data();
+    saved.reset_data();
+  }
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor& ddx = grads[0];
+    variable_list result(2);
+    if (!ddx.defined()) return result;
+    const Tensor s = saved.unpack();
+    if (task_should_compute_output(0)) result[0] = activation.backward(ddx, s);
+    if (task_should_compute_output(1)) result[1] = activation.saved_gradient(ddx, dy.unpack(), s);
+    return result;
+  }
+};
+
+struct ForwardNode : torch::autograd::TraceableFunction {
+  Call activation;
+  bool output_saved = true;
+  bool input_lost = false;  // in place, where the backward needs the input
+  SavedVariable saved;
+
+  explicit ForwardNode(const Call& c) : activation(c) {}
+  std::string name() const override { return activation.name() + "Backward"; }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    saved.reset_data();
+  }
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined() || !task_should_compute_output(0)) return {Tensor()};
+    TORCH_CHECK(!input_lost, "In-place ", activation.name(), " with a negative slope has overwritten the input that its "
+                "backward needs. Call it out of place.");
+    return {activation.backward(grads[0], output_saved ? saved.unpack(self()) : saved.unpack())};
+  }
+
+ private:
+  NodePtr self() {
+    if constexpr (kSharedNodes)
+      return owner(this);
+    else
+      return getptr();
+  }
+  // A template, so that only the torch versions that have shared_from_this look for it.
+  template <class N>
+  static NodePtr owner(N* node) {
+    return node->shared_from_this();
+  }
+};
+
+/// A node whose next edge leads to x (and y), or null where no gradient is wanted.
+template <class N, class... Tensors>
+auto node_for(const Call& call, const Tensors&... inputs) {
+  decltype(make_node<N>(call)) node;
+  if (torch::autograd::compute_requires_grad(inputs...)) {
+    node = make_node<N>(call);
+    node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
+  }
+  return node;
+}
+
+Tensor tangent_of(const Tensor& x) { return x._fw_grad(0); }
+
+/// redispatch() computes y below autograd.
+template <class Redispatch>
+Tensor forward(const Call& call, const Tensor& x, const Redispatch& redispatch) {
+  const bool dual = torch::autograd::isFwGradDefined(x);
+  if (!dual && !torch::autograd::compute_requires_grad(x)) return redispatch();
+
+  const auto node = node_for<ForwardNode>(call, x);
+  const Tensor y = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return redispatch();
+  }();
+  if (node) torch::autograd::set_history(y, node);
+  if (dual) y._set_fw_grad(call.backward(tangent_of(x), call.saves_input() ? x._fw_primal(0) : y), 0, false);
+  if (node) {  // after the tangent is set, which a saved output keeps
+    node->output_saved = !call.saves_input();
+    node->saved = SavedVariable(node->output_saved ? y : x, node->output_saved);
+  }
+  return y;
+}
+
+template <class Redispatch>
+Tensor backward(const Call& call, const Tensor& dy, const Tensor& saved, const Redispatch& redispatch) {
+  const bool dual = torch::autograd::isFwGradDefined(dy) || torch::autograd::isFwGradDefined(saved);
+  if (!dual && !torch::autograd::compute_requires_grad(dy, saved)) return redispatch();
+
+  const auto node = node_for<BackwardNode>(call, dy, saved);
+  if (node) {
+    node->dy = SavedVariable(dy, false);
+    node->saved = SavedVariable(saved, false);
+  }
+  const Tensor dx = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return redispatch();
+  }();
+  if (node) torch::autograd::set_history(dx, node);
+  if (dual) {
+    const Tensor dy_primal = dy._fw_primal(0), saved_primal = saved._fw_primal(0);
+    Tensor tangent;
+    const auto add = [&](Tensor part) {
+      if (part.defined()) tangent = tangent.defined() ? tangent + part : part;
+    };
+    if (tangent_of(dy).defined()) add(call.backward(tangent_of(dy), saved_primal));
+    if (tangent_of(saved).defined()) add(call.saved_tangent(tangent_of(saved), dy_primal, saved_primal));
+    if (tangent.defined()) dx._set_fw_grad(tangent, 0, false);
+  }
+  return dx;
+}
+
+template <class... P>
+struct ForwardAutograd {
+  int row;
+  Tensor operator()(c10::DispatchKeySet keys, const Tensor& x, P... p) const {
+    return forward(call_of(row, p...), x,
+                   [&] { return forward_op<P...>(row).redispatch(keys & c10::after_autograd_keyset, x, p...); });
+  }
+};
+
+template <class... P>
+struct BackwardAutograd {
+  int row;
+  Tensor operator()(c10::DispatchKeySet keys, const Tensor& dy, const Tensor& saved, P... p) const {
+    return backward(call_of(row, p...), dy, saved, [&] {
+      return backward_op<P...>(row).redispatch(keys & c10::after_autograd_keyset, dy, saved, p...);
+    });
+  }
+};
+
+template <class... P>
+struct InplaceAutograd {
+  int row;
+  void operator()(c10::DispatchKeySet keys, const Tensor& x, P... p) const {
+    const Call call = call_of(row, p...);
+    const bool requires_grad = torch::autograd::compute_requires_grad(x);
+    torch::autograd::check_inplace(x, requires_grad);
+    const Tensor tangent = tangent_of(x);
+    TORCH_CHECK(!tangent.defined() || !call.saves_input(), "In-place ", call.name(),
+                " with a negative slope has no forward-mode derivative. Call it out of place.");
+    const auto node = node_for<ForwardNode>(call, x);
+    {
+      at::AutoDispatchBelowAutograd guard;
+      inplace_op<P...>(row).redispatch(keys & c10::after_autograd_keyset, x, p...);
+    }
+    if (node) torch::autograd::rebase_history(x, node);
+    if (tangent.defined()) x._set_fw_grad(call.backward(tangent, x._fw_primal(0)), 0, true);
+    if (node) {
+      node->input_lost = call.saves_input();
+      node->saved = SavedVariable(x, true, x.is_view());
+    }
+  }
+};
+
+template <class... P>
+struct InplaceVersion {
+  int row;
+  void operator()(c10::DispatchKeySet keys, const Tensor& x, P... p) const {
+    {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      inplace_op<P...>(row).redispatch(keys & c10::after_ADInplaceOrView_keyset, x, p...);
+    }
+    torch::autograd::increment_version(x);
+  }
+};
+
+Tensor softmax_autograd(c10::DispatchKeySet keys, const Tensor& x, int64_t dim) {
+  return forward({Call::kSoftmax, {}, dim}, x,
+                 [&] { return softmax_op().redispatch(keys & c10::after_autograd_keyset, x, dim); });
+}
+
+Tensor softmax_backward_autograd(c10::DispatchKeySet keys, const Tensor& dy, const Tensor& y, int64_t dim) {
+  return backward({Call::kSoftmax, {}, dim}, dy, y,
+                  [&] { return softmax_backward_op().redispatch(keys & c10::after_autograd_keyset, dy, y, dim); });
+}
+
+template <class F>
+void each_row(const F& f) {
+  for (int row = 0; row < kRowCount; ++row)
+    with_arity(kRows[row].arity(), [&]<class... P>() { f.template operator()<P...>(row, std::string(kRows[row].name)); });
+}
+
+TORCH_LIBRARY_IMPL(fastact, Autograd, m) {
+  each_row([&]<class... P>(int row, const std::string& name) {
+    m.impl(name.c_str(), ForwardAutograd<P...>{row});
+    m.impl((name + "_").c_str(), InplaceAutograd<P...>{row});
+    m.impl((name + "_backward").c_str(), BackwardAutograd<P...>{row});
+  });
+  m.impl("softmax", TORCH_FN(softmax_autograd));
+  m.impl("softmax_backward", TORCH_FN(softmax_backward_autograd));
+}
+
+TORCH_LIBRARY_IMPL(fastact, ADInplaceOrView, m) {
+  each_row([&]<class... P>(int row, const std::string& name) { m.impl((name + "_").c_str(), InplaceVersion<P...>{row}); });
+}
+
+}  // namespace
+}  // namespace fastact

@@ -1,0 +1,274 @@
+// The Python module: one C function per activation, straight from CPython's fast call to the typed dispatcher handle, and what the
+// package asks about the build.
+#include <ATen/Parallel.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <c10/core/Device.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/version.h>
+
+#include <mutex>
+#include <set>
+#include <thread>
+
+#include "rows.h"
+
+namespace py = pybind11;
+
+namespace fastact {
+namespace {
+
+using at::Tensor;
+
+/// Elements from which the interpreter lock is released: below, handing it over costs more than the kernel does.
+constexpr int64_t kReleaseLock = 16384;
+
+/// Runs f without the interpreter lock where the work is worth it.
+template <class F>
+auto unlocked(const Tensor& x, const F& f) {
+  if (x.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || x.numel() < kReleaseLock) return f();
+  py::gil_scoped_release release;
+  return f();
+}
+
+/// A public function: its arguments' names and defaults, its plain-torch reference, and the op behind it.
+struct Function {
+  int row;  // kSoftmax for softmax
+  std::string name, doc;
+  PyMethodDef method;
+  py::object reference;           // called for what has no kernel
+  py::object warn;                // softmax: warns of an implicit or a useless dim, returns the dim
+  std::vector<std::string> arguments;  // x first
+  std::vector<double> defaults;   // of the float parameters
+  bool inplace = false;           // whether the last argument is `inplace`
+  py::object self;                // the C function
+
+  static constexpr int kSoftmax = -1;
+};
+
+bool has_kernel(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kDouble:
+    case at::kFloat:
+    case at::kBFloat16:
+    case at::kHalf:
+      break;
+    default:
+      return false;
+  }
+  return (x.is_cpu() || x.is_meta()) && x.layout() == at::kStrided && !x.is_nested();
+}
+
+[[noreturn]] void bad_type(const Function& f, size_t position, const char* expected, PyObject* value) {
+  C10_THROW_ERROR(TypeError, c10::str(f.name, "(): argument '", f.arguments[position], "' (position ", position + 1,
+                                      ") must be ", expected, ", not ", Py_TYPE(value)->tp_name));
+}
+
+/// The arguments in order, null where not given.
+void bind(const Function& f, PyObject* const* args, Py_ssize_t count, PyObject* keywords, PyObject** bound) {
+  const size_t most = f.arguments.size();
+  TORCH_CHECK_TYPE(size_t(count) <= most, f.name, "() takes from 1 to ", most, " positional arguments but ", count,
+                   " were given");
+  for (size_t k = 0; k < most; ++k) bound[k] = k < size_t(count) ? args[k] : nullptr;
+  for (Py_ssize_t i = 0; keywords && i < PyTuple_GET_SIZE(keywords); ++i) {
+    const char* keyword = PyUnicode_AsUTF8(PyTuple_GET_ITEM(keywords, i));
+    if (!keyword) throw python_error();
+    size_t k = 0;
+    while (k < most && f.arguments[k] != keyword) ++k;
+    TORCH_CHECK_TYPE(k < most, f.name, "() got an unexpected keyword argument '", keyword, "'");
+    TORCH_CHECK_TYPE(!bound[k], f.name, "() got multiple values for argument '", keyword, "'");
+    bound[k] = args[count + i];
+  }
+  TORCH_CHECK_TYPE(bound[0], f.name, "() missing 1 required positional argument: '", f.arguments[0], "'");
+}
+
+/// Calls something Python with the bound arguments, as keywords after the first.
+PyObject* call_python(const Function& f, py::handle callable, PyObject** bound) {
+  py::dict keywords;
+  for (size_t k = 1; k < f.arguments.size(); ++k)
+    if (bound[k]) keywords[f.arguments[k].c_str()] = py::handle(bound[k]);
+  return callable(py::handle(bound[0]), **keywords).release().ptr();
+}
+
+/// Whether a tensor subclass or a mode wants to see the call before us.
+bool has_torch_function(PyObject* x) {
+  if (at::impl::torch_function_mode_enabled()) return true;
+  if (THPVariable_CheckExact(x)) return false;
+  return py::module_::import("torch.overrides").attr("has_torch_function_unary")(py::handle(x)).cast<bool>();
+}
+
+PyObject* call_torch_function(const Function& f, PyObject** bound) {
+  py::dict keywords;
+  for (size_t k = 1; k < f.arguments.size(); ++k)
+    if (bound[k]) keywords[f.arguments[k].c_str()] = py::handle(bound[k]);
+  const py::object handler = py::module_::import("torch.overrides").attr("handle_torch_function");
+  const py::object x = py::reinterpret_borrow<py::object>(bound[0]);
+  return handler(f.self, py::make_tuple(x), x, **keywords).release().ptr();
+}
+
+PyObject* call_row(const Function& f, PyObject** bound, const Tensor& x) {
+  double parameters[kMaxParameters] = {};
+  const size_t arity = f.defaults.size();
+  for (size_t k = 0; k < arity; ++k) {
+    PyObject* value = bound[k + 1];
+    parameters[k] = f.defaults[k];
+    if (!value) continue;
+    if (PyFloat_Check(value) || PyLong_Check(value)) {
+      parameters[k] = PyFloat_AsDouble(value);
+      if (parameters[k] == -1.0 && PyErr_Occurred()) throw python_error();
+    } else if (PyNumber_Check(value)) {
+      return call_python(f, f.reference, bound);  // a tensor, a complex number ...: as torch takes it
+    } else {
+      bad_type(f, k + 1, "Number", value);
+    }
+  }
+  bool inplace = false;
+  if (f.inplace && bound[arity + 1]) {
+    const int truth = PyObject_IsTrue(bound[arity + 1]);
+    if (truth < 0) throw python_error();
+    inplace = truth;
+  }
+  if (!has_kernel(x)) return call_python(f, f.reference, bound);
+  return with_arity(int(arity), [&]<class... P>() -> PyObject* {
+    return spread<P...>(parameters, [&](P... p) -> PyObject* {
+      if (inplace) {
+        unlocked(x, [&] { inplace_op<P...>(f.row).call(x, p...); });
+        return Py_NewRef(bound[0]);
+      }
+      return THPVariable_Wrap(unlocked(x, [&] { return forward_op<P...>(f.row).call(x, p...); }));
+    });
+  });
+}
+
+PyObject* call_softmax(const Function& f, PyObject** bound, const Tensor& given) {
+  PyObject *dim_ = bound[1], *dtype = bound[2];
+  if (dtype && dtype != Py_None && !THPDtype_Check(dtype)) bad_type(f, 2, "torch.dtype", dtype);
+  Tensor x = given;
+  if (dtype && dtype != Py_None) x = x.to(reinterpret_cast<THPDtype*>(dtype)->scalar_type);
+  if (!has_kernel(x)) return call_python(f, f.reference, bound);
+
+  int64_t dim;
+  if (!dim_ || dim_ == Py_None) {
+    dim = f.warn(py::none(), x.dim()).cast<int64_t>();
+  } else {
+    if (PyBool_Check(dim_) || THPVariable_Check(dim_) || !PyIndex_Check(dim_)) bad_type(f, 1, "int", dim_);
+    const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(dim_));
+    if (!index) throw python_error();
+    dim = PyLong_AsLongLong(index.ptr());
+    if (dim == -1 && PyErr_Occurred()) throw python_error();
+  }
+  static bool warned = false;
+  const int64_t rank = x.dim();
+  if (!warned && rank > 0 && -rank <= dim && dim < rank &&
+      !x.unsafeGetTensorImpl()->has_symbolic_sizes_strides() && x.size(dim) == 1) {
+    warned = true;
+    f.warn(dim, rank);
+  }
+  return THPVariable_Wrap(unlocked(x, [&] { return softmax_op().call(x, dim); }));
+}
+
+PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+  HANDLE_TH_ERRORS
+  const Function& f = **static_cast<Function**>(PyModule_GetState(self));
+  PyObject* bound[kMaxParameters + 2] = {};
+  if (count == 1 && !keywords)
+    bound[0] = args[0];
+  else
+    bind(f, args, count, keywords, bound);
+  if (has_torch_function(bound[0])) return call_torch_function(f, bound);
+  if (!THPVariable_Check(bound[0])) bad_type(f, 0, "Tensor", bound[0]);
+  const Tensor& x = THPVariable_Unpack(bound[0]);
+  return f.row == Function::kSoftmax ? call_softmax(f, bound, x) : call_row(f, bound, x);
+  END_HANDLE_TH_ERRORS
+}
+
+int row_named(const std::string& name) {
+  for (int row = 0; row < kRowCount; ++row)
+    if (name == kRows[row].name) return row;
+  if (name == "softmax") return Function::kSoftmax;
+  throw py::key_error("no activation named " + name);
+}
+
+/// Makes the C function for a public name. It lives as long as the process, as the functions of any module do.
+py::object make_function(const std::string& name, py::object reference, std::vector<std::string> arguments,
+                         std::vector<double> defaults, bool inplace, const std::string& doc, py::object warn) {
+  auto* f = new Function{row_named(name), name, doc, {}, std::move(reference), std::move(warn), std::move(arguments),
+                         std::move(defaults), inplace, {}};
+  const size_t named = f->row == Function::kSoftmax ? 2 : size_t(kRows[f->row].arity());
+  const size_t expected = 1 + named + (inplace ? 1 : 0);
+  if (f->arguments.size() != expected || (f->row != Function::kSoftmax && f->defaults.size() != named))
+    throw py::value_error(name + ": the Python signature differs from the row's parameters");
+  for (size_t k = 0; f->row != Function::kSoftmax && k < named; ++k)
+    if (f->arguments[k + 1] != kRows[f->row].parameters[k])
+      throw py::value_error(name + ": the row calls its parameter " + kRows[f->row].parameters[k]);
+  f->method = {f->name.c_str(), reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)),
+               METH_FASTCALL | METH_KEYWORDS, f->doc.c_str()};
+  // Bound to a module object that holds the pointer: so it prints, pickles and copies as any built-in function of a module.
+  static PyModuleDef owner = {PyModuleDef_HEAD_INIT, "fastact.functional", nullptr, sizeof(Function*), nullptr, nullptr, nullptr,
+                              nullptr, nullptr};
+  const py::object self = py::reinterpret_steal<py::object>(PyModule_Create(&owner));
+  *static_cast<Function**>(PyModule_GetState(self.ptr())) = f;
+  f->self = py::reinterpret_steal<py::object>(
+      PyCFunction_NewEx(&f->method, self.ptr(), py::str("fastact.functional").ptr()));
+  return f->self;
+}
+
+py::list rows() {
+  py::list list;
+  for (const Row& row : kRows) {
+    py::list parameters;
+    for (int k = 0; k < row.arity(); ++k) parameters.append(row.parameters[k]);
+    list.append(py::make_tuple(row.name, row.functor, py::tuple(parameters)));
+  }
+  return list;
+}
+
+bool saves_input(const std::string& name, std::vector<double> parameters) {
+  const int row = row_named(name);
+  if (row == Function::kSoftmax) return false;
+  if (int(parameters.size()) != kRows[row].arity()) throw py::value_error("wrong number of parameters for " + name);
+  parameters.resize(kMaxParameters);
+  return kRows[row].saves_input(parameters.data());
+}
+
+py::dict build_info() {
+  py::list levels;
+  for (int level = 0; level < cpu::kLevelCount; ++level) levels.append(cpu::kLevels[level]);
+  py::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["cuda"] = py::none();
+  info["cuda_architectures"] = py::list();
+  info["isa_levels"] = levels;
+  info["isa"] = cpu::kernels().isa;
+  info["threads"] = at::get_num_threads();
+  return info;
+}
+
+/// How many threads at::parallel_for really runs on in this library, given time to start.
+size_t parallel_threads() {
+  std::set<std::thread::id> seen;
+  std::mutex mutex;
+  at::parallel_for(0, 64, 1, [&](int64_t, int64_t) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    const std::lock_guard<std::mutex> lock(mutex);
+    seen.insert(std::this_thread::get_id());
+  });
+  return seen.size();
+}
+
+}  // namespace
+}  // namespace fastact
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fastact;
+  m.doc() = "The compiled half of fastact.";
+  m.def("make_function", &make_function);
+  m.def("rows", &rows, "(name, functor, parameter names) of every elementwise activation.");
+  m.def("saves_input", &saves_input, "Whether backward wants the input rather than the output.");
+  m.def("build_info", &build_info);
+  m.def("use_isa", &cpu::use_level, "For tests: takes the kernels of that level; False where this CPU has it not.");
+  m.def("parallel_threads", &parallel_threads, py::call_guard<py::gil_scoped_release>());
+}
