@@ -1,0 +1,50 @@
+"""The activations as `torch.autograd.Function`s over the registered ops, made from the rows: `Sigmoid.apply(x)`,
+`LeakyReLU.apply(x, negative_slope)`, `Softmax.apply(x, dim)` ...
+
+They exist for code that wants a Function to subclass, wrap or test. The functions of `fastact.functional` are several times
+quicker to call, because their autograd is in C++. Arguments after x may be left out where the function has a default.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastact.functional  # noqa: F401  (fills the rows)
+from fastact import _registry
+
+
+def _make(row: _registry.Row) -> type[torch.autograd.Function]:
+    defaults = tuple(row.parameters.values())
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
+            ctx.parameters = parameters + defaults[len(parameters) :]
+            ctx.inputs = 1 + len(parameters)
+            y = row.op(x, *ctx.parameters)
+            ctx.save_for_backward(x if defaults and row.saves_input(*ctx.parameters) else y)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+            (saved,) = ctx.saved_tensors
+            return row.backward_op(dy, saved, *ctx.parameters), *[None] * (ctx.inputs - 1)
+
+    Function.__name__ = Function.__qualname__ = row.class_name
+    Function.__module__ = __name__
+    names = ", ".join(["x", *(f"{name}={default}" for name, default in row.parameters.items())])
+    Function.__doc__ = f"`{row.class_name}.apply({names})`: see `fastact.{row.name}`."
+    return Function
+
+
+_functions = {row.class_name: _make(row) for row in [*_registry.elementwise.values(), _registry.softmax]}
+globals().update(_functions)
+__all__ = sorted(_functions)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> type[torch.autograd.Function]:
+    # For type checkers, which cannot see what the rows made; at run time every Function is a global already.
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

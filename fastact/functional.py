@@ -1,0 +1,85 @@
+"""The activations as functions. The body of each is its reference in plain torch: the definition that the tests measure against,
+and what is computed for inputs that have no kernel (integers, complex numbers, sparse tensors, other devices ...).
+
+What holds for every function here:
+
+- **dtypes** with kernels: float64, float32, bfloat16, float16; 16-bit types are computed in float32 and rounded once.
+- **layouts**: any dense tensor (contiguous, channels_last, permuted) is processed where it lies, and the result has its strides;
+  other layouts give the strides that torch gives.
+- **gradients**: reverse and forward mode, of any order; one tensor is saved, the output unless the function says otherwise.
+- **errors**: `TypeError` where an argument is not of the kind named in the signature.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastact._registry import activation
+
+__all__ = ["leaky_relu", "relu", "scaled_sigmoid", "sigmoid", "softmax", "tanh"]
+
+
+@activation
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), elementwise: `torch.sigmoid`.
+
+    Gradient: dy y (1 - y), at most dy / 4. Shape and dtype: those of x; integers give the default dtype.
+    Error: float32 at most 2 ULP over all inputs, with gradual underflow down to x = -103.97.
+    """
+    return torch.sigmoid(x)
+
+
+@activation
+def relu(x: Tensor, inplace: bool = False) -> Tensor:
+    """max(x, 0), elementwise: `torch.nn.functional.relu`.
+
+    Gradient: dy where y > 0 or y is NaN, else 0. Shape and dtype: those of x. Error: none; -0.0 and NaN are kept.
+    With `inplace` the result overwrites x.
+    """
+    return F.relu(x, inplace)
+
+
+@activation
+def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """x where x > 0, else negative_slope * x, elementwise: `torch.nn.functional.leaky_relu`.
+
+    Gradient: dy where x > 0, else negative_slope * dy. Saved: the output, whose sign tells the branch; for a negative slope the input.
+    Shape and dtype: those of x. Error: half an ULP. With `inplace` the result overwrites x; for a negative slope its
+    backward raises `RuntimeError`, because the branch is lost.
+    """
+    return F.leaky_relu(x, negative_slope, inplace)
+
+
+@activation
+def tanh(x: Tensor) -> Tensor:
+    """tanh(x), elementwise: `torch.tanh`.
+
+    Gradient: dy (1 - y^2). Shape and dtype: those of x; integers give the default dtype.
+    Error: float32 at most 1.5 ULP over all inputs; odd bit for bit.
+    """
+    return torch.tanh(x)
+
+
+@activation
+def scaled_sigmoid(x: Tensor, scale: float = 1.0, slope: float = 1.0) -> Tensor:
+    """scale * sigmoid(slope * x), elementwise, in one kernel.
+
+    Gradient: dy slope y (1 - y / scale), at most dy scale slope / 4. A scale of 0 gives 0 with gradient 0.
+    Shape and dtype: those of x; integers give the default dtype.
+    Error: float32 at most 2.5 ULP of scale * sigmoid(z), where z is slope * x rounded to float32.
+    """
+    return scale * torch.sigmoid(slope * x)
+
+
+@activation
+def softmax(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """exp(x - m) / sum(exp(x - m)) along `dim`, with m the maximum: `torch.nn.functional.softmax`.
+
+    Gradient: y (dy - sum(dy y)). Shape: that of x; dtype: `dtype` if given, to which x is cast first, else that of x.
+    A row that is all -inf, or holds NaN or +inf, is NaN. The row sum does not depend on layout or threads. Without `dim`, torch's
+    choice is made with torch's warning. Over a dimension of one element the result is always 1 and the gradient 0: warns, once.
+    Errors: `IndexError` for a dim out of range.
+    """
+    return F.softmax(x, dim, dtype=dtype)
