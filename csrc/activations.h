@@ -10,6 +10,7 @@
 
 namespace fastact {
 namespace FASTACT_NAMESPACE {
+namespace {
 
 /// For functors whose derivative follows from the output.
 struct SavesOutput {
@@ -55,7 +56,7 @@ struct Tanh : SavesOutput {
     using C = Constants<typename ElementOf<V>::type>;
     const V a = abs(x);
     const V large = 1 - 2 / (1 + exp(a + a));
-    const V small = fma(a, (a * a) * polynomial(a * a, C::tanh_tail), a);
+    const V small = fma(a, (a * a) * C::tanh_tail(a * a), a);
     return copysign(select(a > V(0.625), large, small), x);
   }
   // (1 - y)(1 + y) rather than 1 - y^2: both factors are exact to a rounding where y is near 1.
@@ -73,6 +74,7 @@ struct ScaledSigmoid : SavesOutput {
   FASTACT_FN V backward(V dy, V y) const { return dy * ((slope_over_scale * y) * (scale - y)); }
 };
 
+}  // namespace
 }  // namespace FASTACT_NAMESPACE
 }  // namespace fastact
 

@@ -41,8 +41,8 @@ using SoftmaxBackward = void (*)(const void* dy, const void* y, void* dx, Softma
 /// Inner positions of one unit when inner > 1: enough to fill cache lines, few enough to stay in L1 with their sums.
 constexpr int64_t kSoftmaxColumns = 64;
 
-/// Units of work: a row each when inner is 1, else kSoftmaxColumns neighbouring rows of one outer index.
-constexpr int64_t softmax_units(SoftmaxShape s) {
+/// Units of work, in every file a function of its own: a row each when inner is 1, else kSoftmaxColumns neighbouring rows of one outer index.
+static constexpr int64_t softmax_units(SoftmaxShape s) {
   return s.inner == 1 ? s.outer : s.outer * ((s.inner + kSoftmaxColumns - 1) / kSoftmaxColumns);
 }
 

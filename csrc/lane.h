@@ -17,6 +17,7 @@
 
 namespace fastact {
 namespace FASTACT_NAMESPACE {
+namespace {
 
 /// The floating-point type inside a lane type.
 template <class V>
@@ -63,6 +64,16 @@ FASTACT_FN double scale2(double x, double n) { return __builtin_ldexp(x, int(n))
 
 // ---- Approximations. Coefficients: tools/coefficients.py. -----------------------------------------------------------
 
+/// c + c1 u + c2 u^2 + ..., by Horner's rule.
+template <class V, class T>
+FASTACT_FN V polynomial(V, T c) {
+  return V(c);
+}
+template <class V, class T, class... Rest>
+FASTACT_FN V polynomial(V u, T c, Rest... rest) {
+  return fma(polynomial(u, rest...), u, V(c));
+}
+
 template <class T>
 struct Constants;
 
@@ -74,14 +85,22 @@ struct Constants<float> {
   static constexpr float round_bias = 0x1.8p23f;
   // Below the first, exp rounds to 0; from the second on, to infinity.
   static constexpr float exp_low = -104.5f, exp_high = 89.0f;
-  // (e^r - 1 - r) / r^2, degree 4, 2^-28.0 of e^r
-  static constexpr float exp_tail[] = {0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f4p-5f, 0x1.123a2p-7f, 0x1.6a23c8p-10f};
-  // (e^r - 1 - r) / r^2, degree 5, 2^-28.4 of e^r - 1
-  static constexpr float expm1_tail[] = {0x1p-1f,        0x1.555556p-3f,  0x1.55549ep-5f,
-                                         0x1.11101ep-7f, 0x1.6d8398p-10f, 0x1.a2a3a4p-13f};
-  // (tanh x - x) / x^3 of x^2, degree 5, 2^-26.6 of tanh x, for |x| <= 0.625
-  static constexpr float tanh_tail[] = {-0x1.555556p-2f, 0x1.1110ccp-3f,  -0x1.b9fef6p-5f,
-                                        0x1.64259p-6f,   -0x1.0e95e2p-7f, 0x1.218a7p-9f};
+
+  /// (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2: degree 4, 2^-28.0 of e^r.
+  template <class V>
+  FASTACT_FN static V exp_tail(V r) {
+    return polynomial(r, 0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f4p-5f, 0x1.123a2p-7f, 0x1.6a23c8p-10f);
+  }
+  /// The same, degree 5, 2^-28.4 of e^r - 1.
+  template <class V>
+  FASTACT_FN static V expm1_tail(V r) {
+    return polynomial(r, 0x1p-1f, 0x1.555556p-3f, 0x1.55549ep-5f, 0x1.11101ep-7f, 0x1.6d8398p-10f, 0x1.a2a3a4p-13f);
+  }
+  /// (tanh x - x) / x^3 of z = x^2 for |x| <= 0.625: degree 5, 2^-26.6 of tanh x.
+  template <class V>
+  FASTACT_FN static V tanh_tail(V z) {
+    return polynomial(z, -0x1.555556p-2f, 0x1.1110ccp-3f, -0x1.b9fef6p-5f, 0x1.64259p-6f, -0x1.0e95e2p-7f, 0x1.218a7p-9f);
+  }
 };
 
 template <>
@@ -90,27 +109,26 @@ struct Constants<double> {
   static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
   static constexpr double round_bias = 0x1.8p52;
   static constexpr double exp_low = -746.0, exp_high = 710.0;
-  // (e^r - 1 - r) / r^2, degree 11, 2^-59.6 of e^r - 1
-  static constexpr double expm1_tail[] = {
-      0x1p-1,                0x1.5555555555555p-3,  0x1.5555555555559p-5,  0x1.1111111111118p-7,
-      0x1.6c16c16c14a5ap-10, 0x1.a01a01a01461ep-13, 0x1.a01a01aec8ca6p-16, 0x1.71de3a74c5bp-19,
-      0x1.27e4c9c42bfp-22,   0x1.ae63b7439a389p-26, 0x1.1f8f1262b0355p-29, 0x1.627d5d1168c3bp-33};
-  static constexpr const double (&exp_tail)[12] = expm1_tail;
-  // (tanh x - x) / x^3 of x^2, degree 11, 2^-55.6 of tanh x, for |x| <= 0.625
-  static constexpr double tanh_tail[] = {
-      -0x1.5555555555555p-2,  0x1.1111111110f5cp-3,  -0x1.ba1ba1b9f2c2fp-5,  0x1.664f4876a3f33p-6,
-      -0x1.226e336eb214ap-7,  0x1.d6d36fc4ebc73p-9,  -0x1.7d9d2b2445a88p-10, 0x1.35130648b449ep-11,
-      -0x1.f16054e5be311p-13, 0x1.8117c551bcba4p-14, -0x1.fe7e6387a9dd5p-16, 0x1.9c3187dedd74cp-18};
-};
 
-/// c[0] + c[1] u + c[2] u^2 + ..., by Horner's rule.
-template <class V, class T, int count>
-FASTACT_FN V polynomial(V u, const T (&c)[count]) {
-  V sum(c[count - 1]);
-#pragma GCC unroll 16
-  for (int k = count - 2; k >= 0; --k) sum = fma(sum, u, V(c[k]));
-  return sum;
-}
+  /// Degree 11, 2^-59.6 of e^r - 1.
+  template <class V>
+  FASTACT_FN static V expm1_tail(V r) {
+    return polynomial(r, 0x1p-1, 0x1.5555555555555p-3, 0x1.5555555555559p-5, 0x1.1111111111118p-7, 0x1.6c16c16c14a5ap-10,
+                      0x1.a01a01a01461ep-13, 0x1.a01a01aec8ca6p-16, 0x1.71de3a74c5bp-19, 0x1.27e4c9c42bfp-22,
+                      0x1.ae63b7439a389p-26, 0x1.1f8f1262b0355p-29, 0x1.627d5d1168c3bp-33);
+  }
+  template <class V>
+  FASTACT_FN static V exp_tail(V r) {
+    return expm1_tail(r);
+  }
+  /// Degree 11, 2^-55.6 of tanh x.
+  template <class V>
+  FASTACT_FN static V tanh_tail(V z) {
+    return polynomial(z, -0x1.5555555555555p-2, 0x1.1111111110f5cp-3, -0x1.ba1ba1b9f2c2fp-5, 0x1.664f4876a3f33p-6,
+                      -0x1.226e336eb214ap-7, 0x1.d6d36fc4ebc73p-9, -0x1.7d9d2b2445a88p-10, 0x1.35130648b449ep-11,
+                      -0x1.f16054e5be311p-13, 0x1.8117c551bcba4p-14, -0x1.fe7e6387a9dd5p-16, 0x1.9c3187dedd74cp-18);
+  }
+};
 
 /// x = n ln 2 + r with n integral and |r| <= ln(2) / 2. Exact to one rounding of r, for |x| below about 1000.
 template <class V>
@@ -129,7 +147,7 @@ FASTACT_FN V exp(V x) {
   using C = Constants<typename ElementOf<V>::type>;
   // The bound comes first in min and max, so that NaN passes through them.
   const Reduced<V> a(min(V(C::exp_high), max(V(C::exp_low), x)));
-  return scale2(1 + fma(a.r * a.r, polynomial(a.r, C::exp_tail), a.r), a.n);
+  return scale2(1 + fma(a.r * a.r, C::exp_tail(a.r), a.r), a.n);
 }
 
 /// e^x for x <= 0: exp without the bound that positive arguments need.
@@ -137,7 +155,7 @@ template <class V>
 FASTACT_FN V exp_nonpositive(V x) {
   using C = Constants<typename ElementOf<V>::type>;
   const Reduced<V> a(max(V(C::exp_low), x));
-  return scale2(1 + fma(a.r * a.r, polynomial(a.r, C::exp_tail), a.r), a.n);
+  return scale2(1 + fma(a.r * a.r, C::exp_tail(a.r), a.r), a.n);
 }
 
 /// e^x - 1 for x <= 0. Max error 1.5 ULP; -1 far below zero, x near zero, NaN for NaN.
@@ -145,10 +163,11 @@ template <class V>
 FASTACT_FN V expm1_nonpositive(V x) {
   using C = Constants<typename ElementOf<V>::type>;
   const Reduced<V> a(max(V(C::exp_low), x));
-  const V tail = fma(a.r * a.r, polynomial(a.r, C::expm1_tail), a.r);
+  const V tail = fma(a.r * a.r, C::expm1_tail(a.r), a.r);
   const V power = scale2(V(1), a.n);
   return select(a.n == V(0), tail, fma(power, tail, power - 1));
 }
 
+}  // namespace
 }  // namespace FASTACT_NAMESPACE
 }  // namespace fastact

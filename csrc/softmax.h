@@ -14,6 +14,7 @@
 
 namespace fastact {
 namespace FASTACT_NAMESPACE {
+namespace {
 
 constexpr int kSumLanes = 16;
 constexpr int kSumBlock = 64 * kSumLanes;
@@ -26,5 +27,6 @@ struct Softmax {
   FASTACT_FN static V backward(V dy, V y, V dot) { return y * (dy - dot); }
 };
 
+}  // namespace
 }  // namespace FASTACT_NAMESPACE
 }  // namespace fastact

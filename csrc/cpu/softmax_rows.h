@@ -31,9 +31,9 @@ struct LaneSum {
     for (int l = 0; l < kSumLanes; ++l) partial[l] = V(0);
   }
   FASTACT_FN V tree() {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int w = kSumLanes / 2; w > 0; w /= 2)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int l = 0; l < w; ++l) partial[l] = partial[l] + partial[l + w];
     return partial[0];
   }
@@ -68,7 +68,7 @@ struct RowSum {
   FASTACT_FN T tree() const {
     T p[kSumLanes];
     for (int k = 0; k < vectors; ++k) store(p + k * V::lanes, partial[k]);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int w = kSumLanes / 2; w > 0; w /= 2)
       for (int l = 0; l < w; ++l) p[l] = p[l] + p[l + w];
     return p[0];
@@ -85,7 +85,7 @@ FASTACT_FN typename V::Element largest(V v) {
   T p[V::lanes];
   store(p, v);
   for (int w = V::lanes / 2; w > 0; w /= 2)
-    for (int l = 0; l < w; ++l) p[l] = p[l] > p[l + w] ? p[l] : p[l + w];
+    for (int l = 0; l < w; ++l) p[l] = max(p[l], p[l + w]);
   return p[0];
 }
 
@@ -98,9 +98,9 @@ FASTACT_FN void along(int64_t n, Body body, EndBlock end_block) {
     const int64_t end = n - begin < kSumBlock ? n : begin + kSumBlock;
     int64_t i = begin;
     for (; i + kSumLanes <= end; i += kSumLanes)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int k = 0; k < vectors; ++k) body(i + k * N, k, N);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int k = 0; k < vectors; ++k) {
       const int64_t from = i + k * N, count = end - from;
       if (count > 0) body(from, k, count < N ? int(count) : N);
@@ -134,7 +134,7 @@ void long_row(const S* x, S* y, int64_t n) {
   V maxima[4] = {V(-kInfinity), V(-kInfinity), V(-kInfinity), V(-kInfinity)};
   int64_t i = 0;
   for (; i + 4 * N <= n; i += 4 * N)
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int k = 0; k < 4; ++k) maxima[k] = max(load_full<V>(x + i + k * N), maxima[k]);
   for (; i < n; i += N) {
     const int count = n - i < N ? int(n - i) : N;
@@ -207,10 +207,10 @@ struct Zip<Lanes<T, N>, half> {
 template <class V>
 FASTACT_FN void transpose(V (&square)[V::lanes]) {
   constexpr int N = V::lanes;
-#pragma GCC unroll 4
+#pragma GCC unroll 16
   for (int round = 1; round < N; round *= 2) {
     V next[N];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int k = 0; k < N / 2; ++k) {
       next[2 * k] = Zip<V, 0>::apply(square[k], square[k + N / 2]);
       next[2 * k + 1] = Zip<V, 1>::apply(square[k], square[k + N / 2]);

@@ -13,9 +13,9 @@
 namespace fastact {
 
 #define FASTACT_ROW(name, Functor, ...) Row{#name, #Functor, {__VA_ARGS__}, generic::Functor<double>::saves_input},
-inline constexpr Row kRows[] = {FASTACT_ACTIVATIONS(FASTACT_ROW)};
+static constexpr Row kRows[] = {FASTACT_ACTIVATIONS(FASTACT_ROW)};
 #undef FASTACT_ROW
-inline constexpr int kRowCount = sizeof(kRows) / sizeof(kRows[0]);
+static constexpr int kRowCount = sizeof(kRows) / sizeof(kRows[0]);
 static_assert(kRowCount <= kMaxRows, "raise kMaxRows");
 
 /// Calls f with one double (as a type) per float parameter of the row: f.operator()<double, double>() for two.
