@@ -25,6 +25,7 @@ class Row:
     parameters: dict[str, float]  # names and defaults, in order
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
+    ulp: float | None  # promised error of float32 and float64 results, in units of the last place
 
     @property
     def op(self) -> Any:
@@ -48,35 +49,41 @@ elementwise: dict[str, Row] = {}
 softmax: Row
 
 
-def activation(reference: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
     """Makes the public function of a row out of its reference, whose name, signature and docstring it takes.
 
     The result is a C function: it goes to the kernel where there is one for the input's dtype, device and layout, and else calls
-    the reference.
+    the reference. `ulp` is the promised error of the row, which stands as `{ulp}` in its docstring; None where a count of ULP is
+    not the right measure.
     """
-    name = reference.__name__
-    signature = inspect.signature(reference)
-    arguments = list(signature.parameters)
-    names = ("dim", "dtype") if name == "softmax" else _functors[name][1]
-    defaults = {} if name == "softmax" else {k: float(signature.parameters[k].default) for k in names}
-    head = "(" + ", ".join(str(p).split(":")[0] + _default(p) for p in signature.parameters.values()) + ")"
-    function = _C.make_function(
-        name,
-        reference,
-        arguments,
-        list(defaults.values()),
-        "inplace" in arguments,
-        f"{name}{head}\n--\n\n{inspect.getdoc(reference)}",
-        _softmax_dim,
-    )
-    class_name = "Softmax" if name == "softmax" else _functors[name][0]
-    row = Row(name, class_name, defaults, function, reference)
-    if name == "softmax":
-        global softmax
-        softmax = row
-    else:
-        elementwise[name] = row
-    return function
+
+    def decorate(reference: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        name = reference.__name__
+        signature = inspect.signature(reference)
+        arguments = list(signature.parameters)
+        names = ("dim", "dtype") if name == "softmax" else _functors[name][1]
+        defaults = {} if name == "softmax" else {k: float(signature.parameters[k].default) for k in names}
+        head = "(" + ", ".join(str(p).split(":")[0] + _default(p) for p in signature.parameters.values()) + ")"
+        doc = (inspect.getdoc(reference) or "").replace("{ulp}", f"{ulp:g}" if ulp is not None else "")
+        function = _C.make_function(
+            name,
+            reference,
+            arguments,
+            list(defaults.values()),
+            "inplace" in arguments,
+            f"{name}{head}\n--\n\n{doc}",
+            _softmax_dim,
+        )
+        class_name = "Softmax" if name == "softmax" else _functors[name][0]
+        row = Row(name, class_name, defaults, function, reference, ulp)
+        if name == "softmax":
+            global softmax
+            softmax = row
+        else:
+            elementwise[name] = row
+        return function
+
+    return decorate
 
 
 def _default(parameter: inspect.Parameter) -> str:

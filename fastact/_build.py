@@ -1,10 +1,12 @@
-"""Says in one sentence what is wrong when the extension and the installed torch do not belong together.
+"""What this build is, and whether it belongs to the torch that is installed.
 
 The extension uses torch's C++ classes, whose layout changes between versions: loading it under another one would end in a
 message about an undefined symbol, or worse, in none.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -17,6 +19,7 @@ def release(version: str) -> str:
 
 
 def check() -> None:
+    """Raises an ImportError that says what to run, where there is no build or it is for another torch."""
     try:
         from fastact._built import TORCH
     except ImportError:
@@ -28,3 +31,16 @@ def check() -> None:
             f"fastact was built for torch {TORCH}, but torch {torch.__version__} is installed: "
             f"run `{COMMAND}` in fastact's source folder"
         )
+
+
+def build_info() -> dict[str, Any]:
+    """The build and what is in use, as a dict.
+
+    `torch`: the version built against; `cuda`: the CUDA version built with, or None; `cuda_architectures`: those built for;
+    `isa_levels`: the instruction sets built, lowest first; `isa`: the one in use (the best this CPU has, or the lower one
+    that the environment variable FASTACT_ISA names); `threads`: how many a large CPU tensor is shared among.
+    """
+    from fastact import _C  # not before check() has been called
+
+    info: dict[str, Any] = _C.build_info()
+    return info
