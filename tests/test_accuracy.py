@@ -1,0 +1,145 @@
+"""Every row's error promise, forward and backward, on every instruction set and dtype."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import pytest
+import torch
+from conftest import SEED, parameter_sets
+from ulp import FORMATS, Worst, ulp_of, backward_formula, backward_sweep, exact_parameters, forward_sweep, patterns
+
+from fastact._registry import Row
+
+# Inputs a 16-bit kernel may round the wrong way: the float32 result lies that close to the middle of two neighbours.
+MISROUNDED = {torch.bfloat16: 4, torch.float16: 6}
+# A product of up to four factors, each rounded, and a difference that is exact or rounded once.
+BACKWARD_ULP = 3.0
+# A prime, so that every exponent meets every residue of the fraction: about 2.1 million inputs.
+STEP = 2039
+
+
+def ident(row: Row, parameters: tuple[float, ...], isa: str, dtype: torch.dtype) -> str:
+    return f"{row.name}{parameters} {str(dtype)[6:]} {isa}"
+
+
+def test_float32_forward(row: Row, isa: str) -> None:
+    for parameters in exact_parameters(row):
+        worst = forward_sweep(row, parameters, patterns(torch.float32, STEP))
+        print(ident(row, parameters, isa, torch.float32), worst)
+        assert worst.error <= row.ulp, f"{ident(row, parameters, isa, torch.float32)}: {worst}"
+
+
+def test_float32_backward(row: Row, isa: str) -> None:
+    for parameters in exact_parameters(row):
+        for dy in (1.0, -3.0, 2.0**-10):
+            worst = backward_sweep(row, parameters, patterns(torch.float32, 3 * STEP), dy)
+            assert worst.error <= BACKWARD_ULP, f"dy {dy} {ident(row, parameters, isa, torch.float32)}: {worst}"
+
+
+@pytest.mark.parametrize("dtype16", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_16_bit_forward_is_correctly_rounded(row: Row, dtype16: torch.dtype, isa: str) -> None:
+    for parameters in exact_parameters(row):
+        worst = forward_sweep(row, parameters, patterns(dtype16))
+        name = ident(row, parameters, isa, dtype16)
+        assert worst.misrounded <= MISROUNDED[dtype16], f"{name}: {worst.misrounded} of 65,536 misrounded, the worst {worst}"
+        # Half a step, and what float32 was off by before the rounding: 2.5 ULP of 2^-13 (float16) of a step.
+        assert worst.error <= 0.5 + 3 * 2.0**-13, f"{name}: {worst}"
+
+
+@pytest.mark.parametrize("dtype16", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_16_bit_backward(row: Row, dtype16: torch.dtype, isa: str) -> None:
+    for parameters in exact_parameters(row):
+        for dy in (1.0, -3.0, 2.0**-10):
+            worst = backward_sweep(row, parameters, patterns(dtype16), dy)
+            # One rounding to the dtype of a float32 result that is within BACKWARD_ULP.
+            assert worst.error <= 0.5 + 4 * 2.0**-13, f"dy {dy} {ident(row, parameters, isa, dtype16)}: {worst}"
+
+
+# Each row's formula for 40 digits, where the float64 kernels themselves are measured.
+EXACT = {
+    "sigmoid": lambda x: 1 / (1 + mpmath.exp(-x)),
+    "relu": lambda x: max(x, 0),
+    "leaky_relu": lambda x, slope: x if x > 0 else slope * x,
+    "tanh": mpmath.tanh,
+    "scaled_sigmoid": lambda x, scale, slope: scale / (1 + mpmath.exp(-slope * x)),
+}
+
+
+def test_float64_forward(row: Row, isa: str, generator: torch.Generator) -> None:
+    exponents = torch.rand(1500, generator=generator, dtype=torch.float64) * 40 - 30
+    signs = torch.randint(0, 2, (1500,), generator=generator) * 2 - 1
+    special = [0.625, 0.6250001, 0.34657, -0.34658, -745.2, -745.0, -709.0, -708.0, 36.7, 19.1, 1e-310, -1e-310, 5e-324]
+    x = torch.cat([signs * exponents.exp2(), torch.tensor(special, dtype=torch.float64)])
+    parameters = exact_parameters(row)[0]
+    worst = 0.0, 0.0
+    with mpmath.workdps(40):
+        for at, actual in zip(x.tolist(), row.op(x, *parameters).tolist(), strict=True):
+            expected = EXACT[row.name](mpmath.mpf(at), *parameters)
+            exponent = math.frexp(float(expected))[1]
+            step = mpmath.ldexp(1, max(exponent - 53, -1074))
+            worst = max(worst, (float(abs(actual - expected) / step), at))
+    assert worst[0] <= row.ulp, f"{row.name}{parameters} float64 {isa}: {worst[0]:.3f} ULP at x = {worst[1]!r}, seed {SEED}"
+
+
+def test_float64_backward(row: Row, isa: str, generator: torch.Generator) -> None:
+    """Against the derivative of the reference, at points where the saved output loses nothing."""
+    x = torch.rand(4000, generator=generator, dtype=torch.float64) * 2 - 1
+    dy = torch.randn(4000, generator=generator, dtype=torch.float64)
+    for parameters in parameter_sets(row):
+        leaf = x.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(row.reference(leaf, *parameters), leaf, dy)
+        leaf = x.clone().requires_grad_()
+        (actual,) = torch.autograd.grad(row.function(leaf, *parameters), leaf, dy)
+        # For |x| <= 1 the errors of y, of a few 2^-53, grow by less than 8 in 1 - y and in torch's own formula.
+        torch.testing.assert_close(actual, expected, rtol=32 * 2.0**-53, atol=0, msg=lambda m: f"{row.name}{parameters} {isa} seed {SEED}: {m}")
+
+
+def test_backward_formula_is_the_one_on_paper() -> None:
+    """Hand-computed literals: they survive an error in both the kernels and the formula they are compared with."""
+    import fastact
+
+    half = torch.tensor([0.5, 0.25])
+    ops = torch.ops.fastact
+    assert ops.sigmoid_backward(torch.tensor([4.0, 16.0]), half).tolist() == [1.0, 3.0]
+    assert ops.tanh_backward(torch.tensor([4.0, 16.0]), half).tolist() == [3.0, 15.0]
+    assert ops.relu_backward(torch.tensor([4.0, 16.0]), torch.tensor([0.0, 2.0])).tolist() == [0.0, 16.0]
+    assert ops.leaky_relu_backward(torch.tensor([4.0, 16.0]), torch.tensor([-1.0, 2.0]), 0.5).tolist() == [2.0, 16.0]
+    assert ops.scaled_sigmoid_backward(torch.tensor([4.0, 16.0]), torch.tensor([1.0, 3.0]), 4.0, 2.0).tolist() == [6.0, 24.0]
+    assert fastact.scaled_sigmoid(torch.zeros(1), 6.0, 5.0).item() == 3.0
+
+
+def test_scaled_sigmoid_where_the_sigmoid_is_subnormal(isa: str) -> None:
+    """There a scale above 1 makes the sigmoid's last bit, 2^-149, worth more than the result's."""
+    x = torch.linspace(-104, -87, 100_000)
+    actual = torch.ops.fastact.scaled_sigmoid(x, 4.0, 1.0).double()
+    expected = 4 * torch.sigmoid(x.double())
+    bound = 2.5 * ulp_of(expected, torch.float32) + 4 * 2.0**-150
+    worst = ((actual - expected).abs() / bound).max()
+    assert worst <= 1, f"{isa}: {worst} of the bound"
+
+
+def test_the_measure_itself() -> None:
+    """The neighbour of the right number is one step away, and the sweep says where."""
+    for dtype in FORMATS:
+        worst = Worst()
+        one = torch.ones(2, dtype=dtype)
+        worst.add(one, torch.ones(2, dtype=torch.float64), torch.tensor([1.0, 1.0 + torch.finfo(dtype).eps], dtype=dtype))
+        assert worst.error == 1.0
+        assert worst.misrounded == 1
+    worst = Worst()
+    worst.add(torch.ones(1), torch.tensor([torch.nan], dtype=torch.float64), torch.ones(1))
+    assert worst.error == torch.inf
+
+
+def test_formula_holds_the_reference(row: Row) -> None:
+    """`backward_formula` is the float64 kernel: here it is held against autograd through the reference."""
+    x = torch.linspace(-3, 3, 61, dtype=torch.float64) + 0.01
+    for parameters in parameter_sets(row):
+        saved = x if row.saves_input(*parameters) else row.reference(x, *parameters)
+        leaf = x.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(row.reference(leaf, *parameters), leaf, torch.full_like(x, 0.5))
+        actual = backward_formula(row, torch.full_like(x, 0.5), saved, parameters)
+        # 1 - y cancels near saturation: y is within 2^-53 of 1 - 2^-9 at x = 3 with the steepest slope here.
+        torch.testing.assert_close(actual, expected, rtol=2.0**-38, atol=0)
