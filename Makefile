@@ -1,0 +1,50 @@
+# What a newcomer needs. Everything runs in .venv, which is made at the first command; TORCH=... takes another torch.
+TORCH  ?= torch==2.13.0
+PYTHON ?= python3
+BIN    := .venv/bin
+# A build knows its torch: another TORCH makes the environment anew.
+STAMP  := .venv/.made-with-$(subst /,_,$(subst =,-,$(TORCH)))
+SOURCES := $(wildcard csrc/*.h csrc/*/*) setup.py pyproject.toml
+
+.PHONY: demo test bench lint format install-check clean
+
+demo: .venv/.built                      ## train a small CNN with torch.nn's activations and with fastact's
+	$(BIN)/python examples/digits_cnn.py
+
+test: .venv/.built                      ## the whole suite
+	$(BIN)/python -m pytest
+
+bench: .venv/.built                     ## measure this machine
+	$(BIN)/python -m fastact.bench
+
+lint: .venv/.linters                    ## ruff, mypy on the package, clang-format in check mode
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*/*.cpp
+
+format: .venv/.linters                  ## let ruff and clang-format write what lint checks
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*/*.h csrc/*/*.cpp
+
+install-check: .venv/.built             ## the ways to install, each in an environment of its own
+	$(BIN)/python tools/install_check.py
+
+clean:
+	rm -rf .venv build dist *.egg-info fastact/*.so fastact/_built.py
+
+$(STAMP):
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	touch $@
+
+.venv/.built: $(STAMP) $(SOURCES)
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv/.linters: $(STAMP) pyproject.toml .venv/.built
+	$(BIN)/pip install --quiet --editable '.[lint]'
+	touch $@
