@@ -1,0 +1,45 @@
+"""The demo runs to its end with every activation, and both networks learn the same."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for needed in ("matplotlib", "sklearn", "tqdm"):
+    pytest.importorskip(needed, reason="pip install 'fastact[demo]'")
+
+DEMO = Path(__file__).parents[1] / "examples" / "digits_cnn.py"
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "sigmoid", "tanh", "scaled_sigmoid"])
+def test_demo(activation: str, tmp_path: Path) -> None:
+    plot = tmp_path / "loss.png"
+    command = [sys.executable, str(DEMO), "--activation", activation, "--epochs", "1"]
+    done = subprocess.run(
+        [*command, "--threads", "1", "--output", str(plot)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONUTF8": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^step time, .*: \d+\.\d+ ", done.stdout, re.M), done.stdout
+
+    accuracies = re.findall(r"^(torch\.nn|fastact) +([\d.]+)%", done.stdout, re.M)
+    assert [name for name, _ in accuracies] == ["torch.nn", "fastact"], done.stdout
+    native, fast = (float(value) for _, value in accuracies)
+    assert abs(native - fast) <= 2, done.stdout
+    # After so few steps accuracy may still be that of guessing; probabilities tell more.
+    difference = re.search(r"^largest difference .*: ([\d.e-]+)$", done.stdout, re.M)
+    assert difference, done.stdout
+    assert float(difference[1]) < 0.003, done.stdout
+    assert "more than rounding explains" not in done.stdout
+
+    # A PNG is whole if it starts with its signature and ends with the IEND chunk.
+    image = plot.read_bytes()
+    assert image.startswith(b"\x89PNG\r\n\x1a\n")
+    assert image.endswith(b"IEND\xaeB`\x82")
