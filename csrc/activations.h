@@ -18,14 +18,16 @@ struct SavesOutput {
 };
 
 /// 1 / (1 + exp(-x)). With e = exp(-|x|) there is one division, d = e / (1 + e), and no overflow. Where x < 0 and e is small,
-/// e - e d has the accuracy of e alone.
+/// e - e d has the accuracy of e alone. Far below zero the result is e^x, down to the last subnormal number.
 template <class V>
 struct Sigmoid : SavesOutput {
   FASTACT_FN explicit Sigmoid(const double*) {}
   FASTACT_FN V forward(V x) const {
+    const V normal(Constants<typename ElementOf<V>::type>::exp_normal);
     const V e = exp_nonpositive(-abs(x));
     const V d = e / (1 + e);
-    return select(x > V(0), 1 - d, select(e < V(0.5), fma(-e, d, e), d));
+    const V y = select(x > V(0), 1 - d, select(e < V(0.5), fma(-e, d, e), d));
+    return any_less(x, normal) ? select(x < normal, exp_subnormal(x), y) : y;
   }
   FASTACT_FN V backward(V dy, V y) const { return dy * (y * (1 - y)); }
 };
@@ -48,14 +50,16 @@ struct LeakyReLU {
   FASTACT_FN V backward(V dy, V saved) const { return select(saved > V(0), dy, negative_slope * dy); }
 };
 
-/// tanh(x): 1 - 2 / (1 + e^(2|x|)) above 0.625, |x| + |x|^3 P(x^2) below, with the sign put back, so that it is odd bit for bit.
+/// tanh(x): with e = e^(-2|x|), 1 - 2 e / (1 + e) above 0.625, |x| + |x|^3 P(x^2) below; the sign is put back, so that it is odd
+/// bit for bit.
 template <class V>
 struct Tanh : SavesOutput {
   FASTACT_FN explicit Tanh(const double*) {}
   FASTACT_FN V forward(V x) const {
     using C = Constants<typename ElementOf<V>::type>;
     const V a = abs(x);
-    const V large = 1 - 2 / (1 + exp(a + a));
+    const V e = exp_nonpositive(-2 * a);
+    const V large = 1 - (e + e) / (1 + e);
     const V small = fma(a, (a * a) * C::tanh_tail(a * a), a);
     return copysign(select(a > V(0.625), large, small), x);
   }

@@ -58,9 +58,31 @@ FASTACT_FN double copysign(double x, double s) { return __builtin_copysign(x, s)
 FASTACT_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FASTACT_FN double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
-/// x * 2^n for an integral n, rounded once where the result is subnormal.
+/// x * 2^n for an integral n, where 2^n and the result are normal numbers.
 FASTACT_FN float scale2(float x, float n) { return __builtin_ldexpf(x, int(n)); }
 FASTACT_FN double scale2(double x, double n) { return __builtin_ldexp(x, int(n)); }
+
+/// The number whose bit pattern is the difference of those of a and b, taken as integers.
+FASTACT_FN float bits_difference(float a, float b) {
+  int i, j;
+  __builtin_memcpy(&i, &a, sizeof i);
+  __builtin_memcpy(&j, &b, sizeof j);
+  i -= j;
+  __builtin_memcpy(&a, &i, sizeof i);
+  return a;
+}
+FASTACT_FN double bits_difference(double a, double b) {
+  long long i, j;
+  __builtin_memcpy(&i, &a, sizeof i);
+  __builtin_memcpy(&j, &b, sizeof j);
+  i -= j;
+  __builtin_memcpy(&a, &i, sizeof i);
+  return a;
+}
+
+/// Whether a < b in any lane: for a rare case that would slow down the common one.
+FASTACT_FN bool any_less(float a, float b) { return a < b; }
+FASTACT_FN bool any_less(double a, double b) { return a < b; }
 
 // ---- Approximations. Coefficients: tools/coefficients.py. -----------------------------------------------------------
 
@@ -83,8 +105,10 @@ struct Constants<float> {
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   // Adding it rounds to the nearest integer: 1.5 * 2^(bits of the fraction).
   static constexpr float round_bias = 0x1.8p23f;
-  // Below the first, exp rounds to 0; from the second on, to infinity.
-  static constexpr float exp_low = -104.5f, exp_high = 89.0f;
+  // e^exp_normal is just above 2^-126, the smallest normal number; e^exp_zero rounds to 0.
+  static constexpr float exp_normal = -87.3365f, exp_zero = -104.5f;
+  // Brings results from e^exp_zero to 2^-126 into the normal range; and what has 2^-149 as its last bit after that.
+  static constexpr float subnormal_shift = 100, subnormal_bias = 0x1p-26f;
 
   /// (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2: degree 4, 2^-28.0 of e^r.
   template <class V>
@@ -108,7 +132,8 @@ struct Constants<double> {
   static constexpr double log2_e = 0x1.71547652b82fep+0;
   static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
   static constexpr double round_bias = 0x1.8p52;
-  static constexpr double exp_low = -746.0, exp_high = 710.0;
+  static constexpr double exp_normal = -708.396, exp_zero = -746.0;
+  static constexpr double subnormal_shift = 600, subnormal_bias = 0x1p-422;
 
   /// Degree 11, 2^-59.6 of e^r - 1.
   template <class V>
@@ -141,29 +166,40 @@ struct Reduced {
   }
 };
 
-/// e^x. Max error 1.1 ULP (float with FMA), gradual underflow, overflow to infinity, NaN for NaN.
+/// e^r of a reduced argument. r P(r) comes first, because r^2 alone may be subnormal.
 template <class V>
-FASTACT_FN V exp(V x) {
+FASTACT_FN V exp_reduced(V r) {
   using C = Constants<typename ElementOf<V>::type>;
-  // The bound comes first in min and max, so that NaN passes through them.
-  const Reduced<V> a(min(V(C::exp_high), max(V(C::exp_low), x)));
-  return scale2(1 + fma(a.r * a.r, C::exp_tail(a.r), a.r), a.n);
+  return 1 + fma(r * C::exp_tail(r), r, r);
 }
 
-/// e^x for x <= 0: exp without the bound that positive arguments need.
+/// e^x for x <= 0. Max error 1.1 ULP; 0 where e^x is subnormal (x < -87.3365 in float, -708.396 in double); NaN for NaN.
+/// Subnormal numbers are left out because an operation that makes or takes one is some hundred times slower on x86.
 template <class V>
 FASTACT_FN V exp_nonpositive(V x) {
   using C = Constants<typename ElementOf<V>::type>;
-  const Reduced<V> a(max(V(C::exp_low), x));
-  return scale2(1 + fma(a.r * a.r, C::exp_tail(a.r), a.r), a.n);
+  // The bound comes first, so that NaN passes.
+  const Reduced<V> a(max(V(C::exp_normal), x));
+  return select(x < V(C::exp_normal), V(0), scale2(exp_reduced(a.r), a.n));
+}
+
+/// e^x for x < exp_normal, where it is subnormal or 0: rounded correctly but for the error of exp_reduced, and without an operation
+/// on a subnormal number. Adding subnormal_bias, whose last bit stands for the smallest subnormal, rounds to the right grid, and
+/// leaves in the low bits just the pattern of the result.
+template <class V>
+FASTACT_FN V exp_subnormal(V x) {
+  using C = Constants<typename ElementOf<V>::type>;
+  const Reduced<V> a(max(V(C::exp_zero), x));
+  const V shifted = scale2(exp_reduced(a.r), a.n + V(C::subnormal_shift));
+  return bits_difference(shifted + V(C::subnormal_bias), V(C::subnormal_bias));
 }
 
 /// e^x - 1 for x <= 0. Max error 1.5 ULP; -1 far below zero, x near zero, NaN for NaN.
 template <class V>
 FASTACT_FN V expm1_nonpositive(V x) {
   using C = Constants<typename ElementOf<V>::type>;
-  const Reduced<V> a(max(V(C::exp_low), x));
-  const V tail = fma(a.r * a.r, C::expm1_tail(a.r), a.r);
+  const Reduced<V> a(max(V(C::exp_normal), x));
+  const V tail = fma(a.r * C::expm1_tail(a.r), a.r, a.r);
   const V power = scale2(V(1), a.n);
   return select(a.n == V(0), tail, fma(power, tail, power - 1));
 }

@@ -49,7 +49,7 @@ struct LaneSum {
     end_block();
     T sum[V::lanes];
     for (int l = 0; l < V::lanes; ++l) sum[l] = T(total[l]);
-    return load_full<V>(sum);
+    return load(sum);
   }
 };
 
@@ -109,25 +109,13 @@ FASTACT_FN void along(int64_t n, Body body, EndBlock end_block) {
   }
 }
 
-template <class V, class S>
-FASTACT_FN V load_count(const S* p, int count, V rest) {
-  return count == V::lanes ? load_full<V>(p) : load_part(p, count, rest);
-}
-template <class V, class S>
-FASTACT_FN void store_count(S* p, int count, V v) {
-  if (count == V::lanes)
-    store(p, v);
-  else
-    store_part(p, count, v);
-}
-
 // ---- Long rows -------------------------------------------------------------------------------------------------------
 
 constexpr double kInfinity = __builtin_inf();
 
 template <class S>
 void long_row(const S* x, S* y, int64_t n) {
-  using V = typename Compute<S>::Lane;
+  using V = LaneOf<S>;
   using T = typename V::Element;
   constexpr int N = V::lanes;
 
@@ -135,10 +123,10 @@ void long_row(const S* x, S* y, int64_t n) {
   int64_t i = 0;
   for (; i + 4 * N <= n; i += 4 * N)
 #pragma GCC unroll 16
-    for (int k = 0; k < 4; ++k) maxima[k] = max(load_full<V>(x + i + k * N), maxima[k]);
+    for (int k = 0; k < 4; ++k) maxima[k] = max(load(x + i + k * N), maxima[k]);
   for (; i < n; i += N) {
     const int count = n - i < N ? int(n - i) : N;
-    maxima[0] = max(load_count(x + i, count, V(-kInfinity)), maxima[0]);
+    maxima[0] = max(load_some(x + i, count, V(-kInfinity)), maxima[0]);
   }
   const V maximum(largest(max(max(maxima[0], maxima[1]), max(maxima[2], maxima[3]))));
 
@@ -152,8 +140,8 @@ void long_row(const S* x, S* y, int64_t n) {
   along<V>(
       n,
       [&](int64_t at, int k, int count) __attribute__((always_inline)) {
-        const V e = Softmax<V>::term(load_count(x + at, count, V(-kInfinity)), maximum);
-        if (kept) store_count(terms + at, count, e);
+        const V e = Softmax<V>::term(load_some(x + at, count, V(-kInfinity)), maximum);
+        if (kept) store_some(terms + at, count, e);
         sum.partial[k] = sum.partial[k] + e;
       },
       [&]() __attribute__((always_inline)) { sum.end_block(); });
@@ -161,29 +149,29 @@ void long_row(const S* x, S* y, int64_t n) {
 
   for (i = 0; i < n; i += N) {
     const int count = n - i < N ? int(n - i) : N;
-    const V e = kept ? load_count(terms + i, count, V(0))
-                     : Softmax<V>::term(load_count(x + i, count, V(-kInfinity)), maximum);
-    store_count(y + i, count, Softmax<V>::forward(e, inverse));
+    const V e = kept ? load_some(terms + i, count, V(0))
+                     : Softmax<V>::term(load_some(x + i, count, V(-kInfinity)), maximum);
+    store_some(y + i, count, Softmax<V>::forward(e, inverse));
   }
 }
 
 template <class S>
 void long_row_backward(const S* dy, const S* y, S* dx, int64_t n) {
-  using V = typename Compute<S>::Lane;
+  using V = LaneOf<S>;
   using T = typename V::Element;
   constexpr int N = V::lanes;
   RowSum<V> sum;
   along<V>(
       n,
       [&](int64_t at, int k, int count) __attribute__((always_inline)) {
-        sum.partial[k] = Softmax<V>::product(load_count(dy + at, count, V(0)), load_count(y + at, count, V(0)), sum.partial[k]);
+        sum.partial[k] = Softmax<V>::product(load_some(dy + at, count, V(0)), load_some(y + at, count, V(0)), sum.partial[k]);
       },
       [&]() __attribute__((always_inline)) { sum.end_block(); });
   const V dot = V(T(sum.total));
   for (int64_t i = 0; i < n; i += N) {
     const int count = n - i < N ? int(n - i) : N;
-    store_count(dx + i, count,
-                Softmax<V>::backward(load_count(dy + i, count, V(0)), load_count(y + i, count, V(0)), dot));
+    store_some(dx + i, count,
+                Softmax<V>::backward(load_some(dy + i, count, V(0)), load_some(y + i, count, V(0)), dot));
   }
 }
 
@@ -236,7 +224,7 @@ struct Tile {
       for (int r = 0; r < N; ++r) {
         const S* at = p + int64_t(r < rows ? r : rows - 1) * n + c;
         // What a full vector reads beyond its row lands in columns that nobody uses.
-        square[r] = end - at >= N ? load_full<V>(at) : load_part(at, int(end - at), V(0));
+        square[r] = end - at >= N ? load(at) : load_part(at, int(end - at), V(0));
       }
       transpose(square);
 #pragma GCC unroll 16
@@ -274,7 +262,7 @@ struct Tile {
 
 template <class S>
 void short_rows(const S* x, S* y, int n, int rows) {
-  using V = typename Compute<S>::Lane;
+  using V = LaneOf<S>;
   Tile<V> t;
   t.read(x, n, rows);
   V maximum(-kInfinity);
@@ -292,7 +280,7 @@ void short_rows(const S* x, S* y, int n, int rows) {
 
 template <class S>
 void short_rows_backward(const S* dy, const S* y, S* dx, int n, int rows) {
-  using V = typename Compute<S>::Lane;
+  using V = LaneOf<S>;
   Tile<V> g, t;
   g.read(dy, n, rows);
   t.read(y, n, rows);
@@ -319,7 +307,7 @@ struct Columns {
 
 template <class S>
 void columns(const S* x, S* y, int64_t n, int64_t inner, int width) {
-  using V = typename Compute<S>::Lane;
+  using V = LaneOf<S>;
   using T = typename V::Element;
   using C = Columns<V>;
   constexpr int N = V::lanes;
@@ -330,7 +318,7 @@ void columns(const S* x, S* y, int64_t n, int64_t inner, int width) {
   for (int k = 0; k < vectors; ++k) maximum[k] = V(-kInfinity);
   for (int64_t j = 0; j < n; ++j)
     for (int k = 0; k < vectors; ++k)
-      maximum[k] = max(load_count(x + j * inner + k * N, c.count(k), V(0)), maximum[k]);
+      maximum[k] = max(load_some(x + j * inner + k * N, c.count(k), V(0)), maximum[k]);
 
   constexpr bool in_place = sizeof(S) == sizeof(T);
   T scratch[in_place ? 1 : kScratch / sizeof(T)];
@@ -343,9 +331,9 @@ void columns(const S* x, S* y, int64_t n, int64_t inner, int width) {
     for (int64_t j = begin; j < end; ++j)
       for (int k = 0; k < vectors; ++k) {
         const int count = c.count(k);
-        const V e = Softmax<V>::term(load_count(x + j * inner + k * N, count, V(0)), maximum[k]);
+        const V e = Softmax<V>::term(load_some(x + j * inner + k * N, count, V(0)), maximum[k]);
         if (in_place)
-          store_count(reinterpret_cast<T*>(y) + j * inner + k * N, count, e);
+          store_some(reinterpret_cast<T*>(y) + j * inner + k * N, count, e);
         else if (kept)
           store(scratch + j * kSoftmaxColumns + k * N, e);
         V& partial = sum[k].partial[j % kSumLanes];
@@ -360,16 +348,16 @@ void columns(const S* x, S* y, int64_t n, int64_t inner, int width) {
   for (int64_t j = 0; j < n; ++j)
     for (int k = 0; k < vectors; ++k) {
       const int count = c.count(k);
-      const V e = in_place ? load_count(reinterpret_cast<const T*>(y) + j * inner + k * N, count, V(0))
-                  : kept   ? load_full<V>(scratch + j * kSoftmaxColumns + k * N)
-                           : Softmax<V>::term(load_count(x + j * inner + k * N, count, V(0)), maximum[k]);
-      store_count(y + j * inner + k * N, count, Softmax<V>::forward(e, inverse[k]));
+      const V e = in_place ? load_some(reinterpret_cast<const T*>(y) + j * inner + k * N, count, V(0))
+                  : kept   ? load(scratch + j * kSoftmaxColumns + k * N)
+                           : Softmax<V>::term(load_some(x + j * inner + k * N, count, V(0)), maximum[k]);
+      store_some(y + j * inner + k * N, count, Softmax<V>::forward(e, inverse[k]));
     }
 }
 
 template <class S>
 void columns_backward(const S* dy, const S* y, S* dx, int64_t n, int64_t inner, int width) {
-  using V = typename Compute<S>::Lane;
+  using V = LaneOf<S>;
   using C = Columns<V>;
   constexpr int N = V::lanes;
   const C c{width};
@@ -383,7 +371,7 @@ void columns_backward(const S* dy, const S* y, S* dx, int64_t n, int64_t inner, 
       for (int k = 0; k < vectors; ++k) {
         const int64_t at = j * inner + k * N;
         V& partial = sum[k].partial[j % kSumLanes];
-        partial = Softmax<V>::product(load_count(dy + at, c.count(k), V(0)), load_count(y + at, c.count(k), V(0)), partial);
+        partial = Softmax<V>::product(load_some(dy + at, c.count(k), V(0)), load_some(y + at, c.count(k), V(0)), partial);
       }
     if (end < n)
       for (int k = 0; k < vectors; ++k) sum[k].end_block();
@@ -394,8 +382,8 @@ void columns_backward(const S* dy, const S* y, S* dx, int64_t n, int64_t inner, 
   for (int64_t j = 0; j < n; ++j)
     for (int k = 0; k < vectors; ++k) {
       const int64_t at = j * inner + k * N;
-      store_count(dx + at, c.count(k),
-                  Softmax<V>::backward(load_count(dy + at, c.count(k), V(0)), load_count(y + at, c.count(k), V(0)), dot[k]));
+      store_some(dx + at, c.count(k),
+                  Softmax<V>::backward(load_some(dy + at, c.count(k), V(0)), load_some(y + at, c.count(k), V(0)), dot[k]));
     }
 }
 
@@ -423,7 +411,7 @@ template <class S>
 void softmax_forward(const void* x_, void* y_, SoftmaxShape s, int64_t begin, int64_t end) {
   const S* x = static_cast<const S*>(x_);
   S* y = static_cast<S*>(y_);
-  each_unit<typename Compute<S>::Lane>(
+  each_unit<LaneOf<S>>(
       s, begin, end, [=](int64_t at, int rows) { short_rows(x + at, y + at, int(s.length), rows); },
       [=](int64_t at) { long_row(x + at, y + at, s.length); },
       [=](int64_t at, int width) { columns(x + at, y + at, s.length, s.inner, width); });
@@ -434,7 +422,7 @@ void softmax_backward(const void* dy_, const void* y_, void* dx_, SoftmaxShape s
   const S* dy = static_cast<const S*>(dy_);
   const S* y = static_cast<const S*>(y_);
   S* dx = static_cast<S*>(dx_);
-  each_unit<typename Compute<S>::Lane>(
+  each_unit<LaneOf<S>>(
       s, begin, end,
       [=](int64_t at, int rows) { short_rows_backward(dy + at, y + at, dx + at, int(s.length), rows); },
       [=](int64_t at) { long_row_backward(dy + at, y + at, dx + at, s.length); },

@@ -19,13 +19,11 @@ struct BitsOf;
 template <>
 struct BitsOf<float> {
   using Signed = int32_t;
-  using Unsigned = uint32_t;
   static constexpr int fraction = 23, bias = 127;
 };
 template <>
 struct BitsOf<double> {
   using Signed = int64_t;
-  using Unsigned = uint64_t;
   static constexpr int fraction = 52, bias = 1023;
 };
 
@@ -36,7 +34,6 @@ struct Lanes {
   static constexpr int lanes = N;
   typedef T Raw __attribute__((vector_size(N * sizeof(T))));
   typedef Signed Bits __attribute__((vector_size(N * sizeof(T))));
-  typedef typename BitsOf<T>::Unsigned Unsigned __attribute__((vector_size(N * sizeof(T))));
   struct Mask {
     Bits bits;  // all ones or all zeros per lane
   };
@@ -64,17 +61,11 @@ struct Lanes {
   FASTACT_FN friend Lanes copysign(Lanes x, Lanes s) {
     return Lanes((Raw)(((Bits)x.raw & ~sign()) | ((Bits)s.raw & sign())));
   }
+  FASTACT_FN friend Lanes bits_difference(Lanes a, Lanes b) { return Lanes((Raw)((Bits)a.raw - (Bits)b.raw)); }
 
  private:
   FASTACT_FN static Bits sign() { return Bits{} + Signed(uint64_t(1) << (8 * sizeof(T) - 1)); }
 };
-
-/// 2^k for an integral k within the range of normal exponents.
-template <class T, int N>
-FASTACT_FN Lanes<T, N> power_of_two(typename Lanes<T, N>::Bits k) {
-  using L = Lanes<T, N>;
-  return L((typename L::Raw)((k + BitsOf<T>::bias) << BitsOf<T>::fraction));
-}
 
 #if defined(__x86_64__) && FASTACT_VECTOR_BYTES == 64
 
@@ -88,6 +79,8 @@ FASTACT_FN Float min(Float a, Float b) { return Float(_mm512_min_ps(a.raw, b.raw
 FASTACT_FN Double min(Double a, Double b) { return Double(_mm512_min_pd(a.raw, b.raw)); }
 FASTACT_FN Float scale2(Float x, Float n) { return Float(_mm512_scalef_ps(x.raw, n.raw)); }
 FASTACT_FN Double scale2(Double x, Double n) { return Double(_mm512_scalef_pd(x.raw, n.raw)); }
+FASTACT_FN bool any_less(Float a, Float b) { return _mm512_cmp_ps_mask(a.raw, b.raw, _CMP_LT_OQ); }
+FASTACT_FN bool any_less(Double a, Double b) { return _mm512_cmp_pd_mask(a.raw, b.raw, _CMP_LT_OQ); }
 
 #else
 
@@ -101,6 +94,8 @@ FASTACT_FN Float max(Float a, Float b) { return Float(_mm256_max_ps(a.raw, b.raw
 FASTACT_FN Double max(Double a, Double b) { return Double(_mm256_max_pd(a.raw, b.raw)); }
 FASTACT_FN Float min(Float a, Float b) { return Float(_mm256_min_ps(a.raw, b.raw)); }
 FASTACT_FN Double min(Double a, Double b) { return Double(_mm256_min_pd(a.raw, b.raw)); }
+FASTACT_FN bool any_less(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.raw, b.raw, _CMP_LT_OQ)); }
+FASTACT_FN bool any_less(Double a, Double b) { return _mm256_movemask_pd(_mm256_cmp_pd(a.raw, b.raw, _CMP_LT_OQ)); }
 
 #else
 
@@ -115,7 +110,15 @@ FASTACT_FN Float max(Float a, Float b) { return Float(_mm_max_ps(a.raw, b.raw));
 FASTACT_FN Double max(Double a, Double b) { return Double(_mm_max_pd(a.raw, b.raw)); }
 FASTACT_FN Float min(Float a, Float b) { return Float(_mm_min_ps(a.raw, b.raw)); }
 FASTACT_FN Double min(Double a, Double b) { return Double(_mm_min_pd(a.raw, b.raw)); }
+FASTACT_FN bool any_less(Float a, Float b) { return _mm_movemask_ps(_mm_cmplt_ps(a.raw, b.raw)); }
+FASTACT_FN bool any_less(Double a, Double b) { return _mm_movemask_pd(_mm_cmplt_pd(a.raw, b.raw)); }
 #else
+template <class T, int N>
+FASTACT_FN bool any_less(Lanes<T, N> a, Lanes<T, N> b) {
+  typename BitsOf<T>::Signed any = 0;
+  for (int l = 0; l < N; ++l) any |= (a < b).bits[l];
+  return any;
+}
 template <class T, int N>
 FASTACT_FN Lanes<T, N> max(Lanes<T, N> a, Lanes<T, N> b) {
   return select(a > b, a, b);
@@ -128,16 +131,14 @@ FASTACT_FN Lanes<T, N> min(Lanes<T, N> a, Lanes<T, N> b) {
 
 #endif
 
-/// x 2^n in two steps, because 2^n alone may be out of range: the second step rounds, and it alone.
+/// Adding the bias leaves n in the low bits, from where a shift brings it to the exponent.
 template <class T, int N>
 FASTACT_FN Lanes<T, N> scale2(Lanes<T, N> x, Lanes<T, N> n) {
   using L = Lanes<T, N>;
-  typedef typename L::Bits Bits;
+  using B = BitsOf<T>;
   const L bias(Constants<T>::round_bias);
-  const Bits k = (Bits)(n + bias).raw - (Bits)bias.raw;
-  // (k + 2048) / 2 - 1024 is floor(k / 2) by a logical shift; there is no arithmetic one for 64 bits below AVX-512.
-  const Bits half = (Bits)((typename L::Unsigned)(k + 2048) >> 1) - 1024;
-  return x * power_of_two<T, N>(half) * power_of_two<T, N>(k - half);
+  const typename L::Bits exponent = (typename L::Bits)(n + bias).raw - (typename L::Bits)bias.raw + B::bias;
+  return x * L((typename L::Raw)(exponent << B::fraction));
 }
 
 #endif

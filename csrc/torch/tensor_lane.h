@@ -91,11 +91,10 @@ inline TensorLane abs(const TensorLane& x) { return {{x.value.tensor.abs()}, x.t
 inline TensorLane copysign(const TensorLane& x, const TensorLane& s) {
   return {{at::copysign(x.value.tensor, s.value.tensor)}, x.tangent * Term{at::sign(x.value.tensor) * at::sign(s.value.tensor)}};
 }
-inline TensorLane exp(const TensorLane& x) {
+inline TensorLane exp_nonpositive(const TensorLane& x) {
   const Term e{x.value.tensor.exp()};
   return {e, x.tangent * e};
 }
-inline TensorLane exp_nonpositive(const TensorLane& x) { return exp(x); }
 inline TensorLane expm1_nonpositive(const TensorLane& x) {
   return {{x.value.tensor.expm1()}, x.tangent * Term{x.value.tensor.exp()}};
 }
