@@ -4,9 +4,8 @@ from fastact._build import build_info, check
 
 check()
 
-from fastact import autograd, functional, modules  # noqa: E402
-from fastact.functional import *  # noqa: E402, F403
-from fastact.modules import *  # noqa: E402, F403
+from fastact import activations, autograd, functional, modules  # noqa: E402
+from fastact.activations import *  # noqa: E402, F403
 
 __version__ = "0.1.0"
-__all__ = ["autograd", "build_info", "functional", *functional.__all__, *modules.__all__]
+__all__ = ["autograd", "build_info", "functional", "modules", *activations.__all__]

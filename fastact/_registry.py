@@ -1,4 +1,4 @@
-"""The rows as Python sees them: what joins a function written in `functional` to its C entry, its ops and its reference."""
+"""The rows as Python sees them: what joins a function written in `activations` to its C entry, its ops and its reference."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ class Row:
 
 _functors = {name: (functor, parameters) for name, functor, parameters in _C.rows()}
 
+# Filled by fastact.activations: every row by name; those of elementwise activations; the one that is not.
+rows: dict[str, Row] = {}
 elementwise: dict[str, Row] = {}
 softmax: Row
 
@@ -75,7 +77,7 @@ def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable
             _softmax_dim,
         )
         class_name = "Softmax" if name == "softmax" else _functors[name][0]
-        row = Row(name, class_name, defaults, function, reference, ulp)
+        row = rows[name] = Row(name, class_name, defaults, function, reference, ulp)
         if name == "softmax":
             global softmax
             softmax = row

@@ -1,7 +1,7 @@
 """The activations as `torch.autograd.Function`s over the registered ops, made from the rows: `Sigmoid.apply(x)`,
 `LeakyReLU.apply(x, negative_slope)`, `Softmax.apply(x, dim)` ...
 
-They exist for code that wants a Function to subclass, wrap or test. The functions of `fastact.functional` are several times
+They exist for code that wants a Function to subclass, wrap or test. The functions, such as `fastact.sigmoid`, are several times
 quicker to call, because their autograd is in C++. Arguments after x may be left out where the function has a default.
 """
 
@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastact.functional  # noqa: F401  (fills the rows)
-from fastact import _registry
+from fastact import _registry, activations  # noqa: F401  (activations fills the rows)
 
 
 def _make(row: _registry.Row) -> type[torch.autograd.Function]:
@@ -40,7 +39,7 @@ def _make(row: _registry.Row) -> type[torch.autograd.Function]:
     return Function
 
 
-_functions = {row.class_name: _make(row) for row in [*_registry.elementwise.values(), _registry.softmax]}
+_functions = {row.class_name: _make(row) for row in _registry.rows.values()}
 globals().update(_functions)
 __all__ = sorted(_functions)  # noqa: PLE0605
 

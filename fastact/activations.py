@@ -1,0 +1,156 @@
+"""The activations as Python has them: a function each, and its module. csrc/activations.h has their mathematics.
+
+The body of a function is its reference in plain torch: the definition that the tests measure against, and what is computed for inputs
+that have no kernel (integers, complex numbers, sparse tensors, other devices ...). `@activation` makes the C function of it.
+
+A module is its `torch.nn` twin with another forward, so `isinstance`, `repr`, `state_dict`, `deepcopy` and pickle behave as before.
+
+What holds for every function here:
+
+- **dtypes** with kernels: float64, float32, bfloat16, float16; 16-bit types are computed in float32 and rounded once.
+- **layouts**: any dense tensor (contiguous, channels_last, permuted) is processed where it lies, and the result has its strides;
+  other layouts give the strides that torch gives.
+- **errors of results**: as each function states, in ULP of float32 and float64, over all inputs. 16-bit results are correctly rounded,
+  but for at most 4 (bfloat16) and 6 (float16) of the 65,536 inputs, which are off by one step.
+- **gradients**: reverse and forward mode, of any order; one tensor is saved, the output unless the function says otherwise.
+  The backward is within 3 ULP of its formula on the saved tensor.
+- **exceptions**: `TypeError` where an argument is not of the kind named in the signature.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastact._registry import activation
+
+__all__ = [
+    "LeakyReLU",
+    "ReLU",
+    "ScaledSigmoid",
+    "Sigmoid",
+    "Softmax",
+    "Tanh",
+    "leaky_relu",
+    "relu",
+    "scaled_sigmoid",
+    "sigmoid",
+    "softmax",
+    "tanh",
+]
+
+
+@activation(ulp=2.0)
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), elementwise: `torch.sigmoid`.
+
+    Gradient: dy y (1 - y), at most dy / 4. Shape and dtype: those of x; integers give the default dtype.
+    Error: at most {ulp} ULP over all inputs, with gradual underflow down to x = -103.97 in float32.
+    """
+    return torch.sigmoid(x)
+
+
+class Sigmoid(nn.Sigmoid):
+    """`fastact.sigmoid` as a module: the twin of `torch.nn.Sigmoid`. Shape: any; the output has the input's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return sigmoid(input)
+
+
+@activation(ulp=0.0)
+def relu(x: Tensor, inplace: bool = False) -> Tensor:
+    """max(x, 0), elementwise: `torch.nn.functional.relu`.
+
+    Gradient: dy where y > 0 or y is NaN, else 0. Shape and dtype: those of x. Error: none; -0.0 and NaN are kept.
+    With `inplace` the result overwrites x.
+    """
+    return F.relu(x, inplace)
+
+
+class ReLU(nn.ReLU):
+    """`fastact.relu` as a module: the twin of `torch.nn.ReLU(inplace=False)`. Shape: any; the output has the input's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return relu(input, self.inplace)
+
+
+@activation(ulp=0.5)
+def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """x where x > 0, else negative_slope * x, elementwise: `torch.nn.functional.leaky_relu`.
+
+    Gradient: dy where x > 0, else negative_slope * dy. Saved: the output, whose sign tells the branch; for a negative slope the input.
+    Shape and dtype: those of x. Error: at most {ulp} ULP. With `inplace` the result overwrites x; for a negative slope its
+    backward raises `RuntimeError`, because the branch is lost.
+    """
+    return F.leaky_relu(x, negative_slope, inplace)
+
+
+class LeakyReLU(nn.LeakyReLU):
+    """`fastact.leaky_relu` as a module: the twin of `torch.nn.LeakyReLU(negative_slope=0.01, inplace=False)`. Shape: any."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return leaky_relu(input, self.negative_slope, self.inplace)
+
+
+@activation(ulp=1.5)
+def tanh(x: Tensor) -> Tensor:
+    """tanh(x), elementwise: `torch.tanh`.
+
+    Gradient: dy (1 - y^2). Shape and dtype: those of x; integers give the default dtype.
+    Error: at most {ulp} ULP over all inputs; odd bit for bit.
+    """
+    return torch.tanh(x)
+
+
+class Tanh(nn.Tanh):
+    """`fastact.tanh` as a module: the twin of `torch.nn.Tanh`. Shape: any; the output has the input's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return tanh(input)
+
+
+@activation(ulp=2.5)
+def scaled_sigmoid(x: Tensor, scale: float = 1.0, slope: float = 1.0) -> Tensor:
+    """scale * sigmoid(slope * x), elementwise, in one kernel.
+
+    Gradient: dy slope y (1 - y / scale), at most dy scale slope / 4. A scale of 0 gives 0 with gradient 0.
+    Shape and dtype: those of x; integers give the default dtype.
+    Error: at most {ulp} ULP of scale * sigmoid(z), where z is slope * x rounded to the dtype
+    that is computed in; where sigmoid(z) is subnormal (z < -87.3 in float32), also the scale times half its last bit.
+    """
+    return scale * torch.sigmoid(slope * x)
+
+
+class ScaledSigmoid(nn.Module):
+    """`fastact.scaled_sigmoid` as a module: scale * sigmoid(slope * x). Shape: any; the output has the input's."""
+
+    def __init__(self, scale: float = 1.0, slope: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.slope = slope
+
+    def forward(self, input: Tensor) -> Tensor:
+        return scaled_sigmoid(input, self.scale, self.slope)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, slope={self.slope}"
+
+
+@activation(ulp=None)
+def softmax(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """exp(x - m) / sum(exp(x - m)) along `dim`, with m the maximum: `torch.nn.functional.softmax`.
+
+    Gradient: y (dy - sum(dy y)). Shape: that of x; dtype: `dtype` if given, to which x is cast first, else that of x.
+    A row that is all -inf, or holds NaN or +inf, is NaN. The row sum does not depend on layout or threads. Without `dim`, torch's
+    choice is made with torch's warning. Over a dimension of one element the result is always 1 and the gradient 0: warns, once.
+    Errors: `IndexError` for a dim out of range.
+    """
+    return F.softmax(x, dim, dtype=dtype)
+
+
+class Softmax(nn.Softmax):
+    """`fastact.softmax` as a module: the twin of `torch.nn.Softmax(dim=None)`. Shape: any; the output has the input's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return softmax(input, self.dim)
