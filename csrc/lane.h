@@ -194,6 +194,14 @@ FASTACT_FN V exp_subnormal(V x) {
   return bits_difference(shifted + V(C::subnormal_bias), V(C::subnormal_bias));
 }
 
+/// e^x for x <= 0 with gradual underflow: what is subnormal costs a branch that is seldom taken.
+template <class V>
+FASTACT_FN V exp_gradual(V x) {
+  const V normal(Constants<typename ElementOf<V>::type>::exp_normal);
+  const V e = exp_nonpositive(x);
+  return any_less(x, normal) ? select(x < normal, exp_subnormal(x), e) : e;
+}
+
 /// e^x - 1 for x <= 0. Max error 1.5 ULP; -1 far below zero, x near zero, NaN for NaN.
 template <class V>
 FASTACT_FN V expm1_nonpositive(V x) {

@@ -65,9 +65,9 @@ def patterns(dtype: torch.dtype, step: int = 1) -> Iterator[Tensor]:
 
 
 def exact_parameters(row: Row) -> list[tuple[float, ...]]:
-    """Parameters that are float32 numbers, and for two of them powers of two: what the kernel multiplies by is then exact."""
+    """Parameters that are float32 numbers, and powers of two but for the defaults: a product with them is then exact."""
     default = tuple(torch.tensor(p, dtype=torch.float32).item() for p in row.parameters.values())
-    return [default, *{0: [], 1: [(0.25,), (-1.5,)], 2: [(0.5, 2.0), (-1.0, -1.0)]}[len(default)]]
+    return [default, *{0: [], 1: [(0.25,), (-2.0,)], 2: [(0.5, 2.0), (-1.0, -1.0)]}[len(default)]]
 
 
 def forward_sweep(row: Row, parameters: tuple[float, ...], chunks: Iterator[Tensor]) -> Worst:

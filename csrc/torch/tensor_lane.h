@@ -95,6 +95,7 @@ inline TensorLane exp_nonpositive(const TensorLane& x) {
   const Term e{x.value.tensor.exp()};
   return {e, x.tangent * e};
 }
+inline TensorLane exp_gradual(const TensorLane& x) { return exp_nonpositive(x); }
 inline TensorLane expm1_nonpositive(const TensorLane& x) {
   return {{x.value.tensor.expm1()}, x.tangent * Term{x.value.tensor.exp()}};
 }
