@@ -78,6 +78,20 @@ struct ScaledSigmoid : SavesOutput {
   FASTACT_FN V backward(V dy, V y) const { return dy * ((slope_over_scale * y) * (scale - y)); }
 };
 
+/// x where x > 0, else alpha (exp(x) - 1). The sign of y tells the branch unless alpha is negative.
+template <class V>
+struct ELU {
+  V alpha;
+  bool input_saved;
+  FASTACT_FN explicit ELU(const double* p) : alpha(p[0]), input_saved(saves_input(p)) {}
+  FASTACT_FN static bool saves_input(const double* p) { return p[0] < 0; }
+  FASTACT_FN V forward(V x) const { return select(x < V(0), alpha * expm1_nonpositive(min(V(0), x)), x); }
+  FASTACT_FN V backward(V dy, V saved) const {
+    const V slope = input_saved ? alpha * exp_gradual(min(V(0), saved)) : saved + alpha;
+    return select(saved <= V(0), dy * slope, dy);
+  }
+};
+
 }  // namespace
 }  // namespace FASTACT_NAMESPACE
 }  // namespace fastact
@@ -88,4 +102,5 @@ struct ScaledSigmoid : SavesOutput {
   ROW(relu, ReLU)                             \
   ROW(leaky_relu, LeakyReLU, "negative_slope") \
   ROW(tanh, Tanh)                             \
-  ROW(scaled_sigmoid, ScaledSigmoid, "scale", "slope")
+  ROW(scaled_sigmoid, ScaledSigmoid, "scale", "slope") \
+  ROW(elu, ELU, "alpha")

@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from fastact._registry import activation
 
 __all__ = [
+    "ELU",
     "LeakyReLU",
     "ReLU",
     "ScaledSigmoid",
     "Sigmoid",
     "Softmax",
     "Tanh",
+    "elu",
     "leaky_relu",
     "relu",
     "scaled_sigmoid",
@@ -135,6 +137,23 @@ class ScaledSigmoid(nn.Module):
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, slope={self.slope}"
+
+
+@activation(ulp=2.0)
+def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """x where x > 0, else alpha * (exp(x) - 1), elementwise: `torch.nn.functional.elu`.
+
+    Gradient: dy where y > 0, else dy (y + alpha). Saved: the output; for a negative alpha the input.
+    Shape and dtype: those of x. Error: at most {ulp} ULP over all inputs. With `inplace` the result overwrites x.
+    """
+    return F.elu(x, alpha, inplace)
+
+
+class ELU(nn.ELU):
+    """`fastact.elu` as a module: the twin of `torch.nn.ELU(alpha=1.0, inplace=False)`. Shape: any; the output has the input's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return elu(input, self.alpha, self.inplace)
 
 
 @activation(ulp=None)
