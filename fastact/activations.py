@@ -13,7 +13,8 @@ What holds for every function here:
 - **errors of results**: as each function states, in ULP of float32 and float64, over all inputs. 16-bit results are correctly rounded,
   but for at most 4 (bfloat16) and 6 (float16) of the 65,536 inputs, which are off by one step.
 - **gradients**: reverse and forward mode, of any order; one tensor is saved, the output unless the function says otherwise.
-  The backward is within 3 ULP of its formula on the saved tensor.
+  The backward is within 3 ULP of its formula on the saved tensor; where a factor of that is subnormal, its last bit times the
+  other factors comes on top.
 - **exceptions**: `TypeError` where an argument is not of the kind named in the signature.
 """
 

@@ -39,12 +39,12 @@ class Worst:
     actual: float = 0.0
     misrounded: int = 0
 
-    def add(self, x: Tensor, expected: Tensor, actual: Tensor) -> None:
-        """NaN must meet NaN and infinity infinity; `expected` is float64."""
+    def add(self, x: Tensor, expected: Tensor, actual: Tensor, smallest: float = 0.0) -> None:
+        """NaN must meet NaN and infinity infinity; `expected` is float64; no unit is taken smaller than `smallest`."""
         rounded = expected.to(actual.dtype)
         same = (rounded == actual) | (expected.isnan() & actual.isnan())
         self.misrounded += int((~same).sum())
-        error = (actual.double() - expected).abs() / ulp_of(expected, actual.dtype)
+        error = (actual.double() - expected).abs() / ulp_of(expected, actual.dtype).clamp(min=smallest)
         error = torch.where(same & ~rounded.isfinite(), 0.0, error).nan_to_num(nan=torch.inf)
         value, index = error.max(0)
         if value > self.error:
@@ -83,11 +83,13 @@ def backward_formula(row: Row, dy: Tensor, saved: Tensor, parameters: tuple[floa
 
 
 def backward_sweep(row: Row, parameters: tuple[float, ...], chunks: Iterator[Tensor], dy: float) -> Worst:
+    """A subnormal factor of the formula has an error of its last bit, which the other factors, dy and the parameters, multiply."""
     worst = Worst()
+    smallest = abs(dy) * max([1.0, *map(abs, parameters)]) * 2.0**-149
     for x in chunks:
         saved = x if row.saves_input(*parameters) else row.op(x, *parameters)
         gradient = torch.full_like(saved, dy)
-        worst.add(x, backward_formula(row, gradient, saved, parameters), row.backward_op(gradient, saved, *parameters))
+        worst.add(x, backward_formula(row, gradient, saved, parameters), row.backward_op(gradient, saved, *parameters), smallest)
     return worst
 
 
