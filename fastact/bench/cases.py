@@ -1,0 +1,193 @@
+"""What is measured: the activations of the registry, on which tensors, against what of torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch._functorch.config
+from torch import Tensor
+
+from fastact._registry import elementwise, softmax
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+QUICK_DTYPES = ("float32", "bfloat16")
+
+# From one element, where a call is all overhead, to beyond every cache.
+SIZES = (1, 64, 1000, 4096, 32768, 100_000, 1 << 20, 1 << 22, 1 << 25)
+QUICK_SIZES = (1 << 20, 32768, 64)
+
+SOFTMAX_SHAPES = (
+    ("classes", (1024, 10), -1),
+    ("many classes", (128, 1000), -1),
+    ("vocabulary", (64, 32768), -1),
+    ("attention", (8, 8, 128, 128), -1),
+    ("segmentation, channels last", (32, 128, 128, 21), -1),
+    ("segmentation", (16, 21, 128, 128), 1),
+    ("columns", (4096, 4096), 0),
+)
+QUICK_SOFTMAX_SHAPES = (SOFTMAX_SHAPES[0], SOFTMAX_SHAPES[1], SOFTMAX_SHAPES[3])
+
+# The fewest tensors a direction can read and write: x, y; dy, saved, dx; and all of these.
+TENSORS_MOVED = {"forward": 2, "backward": 3, "both": 5}
+
+_aten = torch.ops.aten
+# torch's own backward op and, made of (x, y, args), what it takes after dy.
+TWINS: dict[str, tuple[Any, Callable[..., tuple]]] = {
+    "sigmoid": (_aten.sigmoid_backward.default, lambda x, y, args: (y,)),
+    "tanh": (_aten.tanh_backward.default, lambda x, y, args: (y,)),
+    "relu": (_aten.threshold_backward.default, lambda x, y, args: (y, 0)),
+    "leaky_relu": (_aten.leaky_relu_backward.default, lambda x, y, args: (x, *args, False)),
+    "softmax": (_aten._softmax_backward_data.default, lambda x, y, args: (y, *args, y.dtype)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One activation on one tensor; `dim` is set for softmax only."""
+
+    row: Any
+    dtype: str
+    label: str
+    shape: tuple[int, ...]
+    dim: int | None = None
+
+    @property
+    def args(self) -> tuple:
+        return tuple(self.row.parameters.values()) if self.dim is None else (self.dim,)
+
+    @property
+    def elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+def op_names() -> list[str]:
+    return [*elementwise, softmax.name]
+
+
+def make_cases(ops: Iterable[str], dtypes: Iterable[str], quick: bool = False) -> list[Case]:
+    """In the order of measuring: should the time for compiling run out, the first have it."""
+    ops = list(ops)
+    rows = [row for name, row in elementwise.items() if name in ops]
+    cases = []
+    for dtype in dtypes:
+        for size in QUICK_SIZES if quick else SIZES:
+            cases += [Case(row, dtype, f"{size:,}", (size,)) for row in rows]
+        if softmax.name in ops:
+            shapes = QUICK_SOFTMAX_SHAPES if quick else SOFTMAX_SHAPES
+            cases += [Case(softmax, dtype, *shape) for shape in shapes]
+    return cases
+
+
+class Inputs:
+    """The tensors of one shape and dtype, shared by all activations measured on them."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        options: dict[str, Any] = {"device": device, "dtype": DTYPES[case.dtype]}
+        self.x = torch.randn(case.shape, generator=generator, **options)
+        self.dy = torch.randn(case.shape, generator=generator, **options)
+        length = self._copied(max(TENSORS_MOVED, key=TENSORS_MOVED.__getitem__))
+        self._source, self._target = (torch.ones(length, **options) for _ in range(2))
+
+    def copy(self, direction: str) -> Callable[[], Tensor]:
+        """A copy that moves as many bytes as the direction has to: the limit to compare with."""
+        n = self._copied(direction)
+        return partial(self._target[:n].copy_, self._source[:n])
+
+    def _copied(self, direction: str) -> int:
+        return -(-self.x.numel() * TENSORS_MOVED[direction] // 2)
+
+
+class Sides(NamedTuple):
+    """One direction of one case as calls without arguments, each allocating its result."""
+
+    ours: Callable[[], Tensor]
+    eager: Callable[[], Tensor]
+    compiled: Callable[[Callable], Callable[[], Tensor]]  # given torch.compile, makes the call
+    baseline: str  # what torch runs, for the reader
+
+
+def sides(case: Case, inputs: Inputs) -> dict[str, Sides]:
+    """By direction, what fastact and torch do for it."""
+    row, args, x, dy = case.row, case.args, inputs.x, inputs.dy
+    torch_function, name = _torch_function(row)
+    leaf = x.detach().requires_grad_()
+
+    def with_args(x: Tensor) -> Tensor:
+        return torch_function(x, *args)
+
+    def both(function: Callable, *args: Any) -> Tensor:
+        return torch.autograd.grad(function(leaf, *args), leaf, dy)[0]
+
+    return {
+        "forward": Sides(
+            ours=partial(row.function, x, *args),
+            eager=partial(torch_function, x, *args),
+            compiled=lambda compile: partial(compile(with_args), x),
+            baseline=name,
+        ),
+        "backward": _backward(case, inputs, with_args),
+        "both": Sides(
+            ours=partial(both, row.function, *args),
+            eager=partial(both, torch_function, *args),
+            compiled=lambda compile: partial(both, compile(with_args)),
+            baseline=f"{name} and autograd",
+        ),
+    }
+
+
+def _torch_function(row: Any) -> tuple[Callable[..., Tensor], str]:
+    """What a user without fastact calls: torch's function of that name, else the composite."""
+    for module in (torch, torch.nn.functional):
+        if hasattr(module, row.name):
+            return getattr(module, row.name), f"{module.__name__}.{row.name}"
+    return row.reference, "the reference made of torch functions"
+
+
+def _backward(case: Case, inputs: Inputs, with_args: Callable[[Tensor], Tensor]) -> Sides:
+    row, args, x, dy = case.row, case.args, inputs.x, inputs.dy
+    y = row.function(x, *args)
+    saved = x if case.dim is None and row.saves_input(*args) else y
+    op = getattr(row.backward_op, "default", row.backward_op)  # as below: no overload to resolve
+    ours = partial(op, dy, saved, *args)
+
+    if row.name in TWINS:
+        twin, operands = TWINS[row.name]
+        rest = operands(x, y, args)
+        kept, *constants = rest
+
+        def with_constants(dy: Tensor, kept: Tensor) -> Tensor:
+            return twin(dy, kept, *constants)
+
+        return Sides(
+            ours=ours,
+            eager=partial(twin, dy, *rest),
+            compiled=lambda compile: partial(compile(with_constants), dy, kept),
+            baseline=twin._schema.name,
+        )
+
+    leaf = x.detach().requires_grad_()
+
+    def through_graph(function: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        y = function(leaf)
+        return lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]
+
+    def compiled(compile: Callable) -> Callable[[], Tensor]:
+        with torch._functorch.config.patch(donated_buffer=False):  # they forbid retaining the graph
+            return through_graph(compile(with_args))
+
+    return Sides(
+        ours=ours,
+        eager=through_graph(with_args),
+        compiled=compiled,
+        baseline="autograd through that, graph retained (the engine adds some us to small sizes)",
+    )

@@ -1,0 +1,72 @@
+"""No time is taken of a wrong result: every case is compared with its float64 reference first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastact.bench.cases import DTYPES, Case, Inputs, Sides
+
+# In units of the dtype's machine epsilon, relative. float32 evaluates in its own precision, where
+# exp(x - max) alone loses some units. The 16-bit types compute in float32 and round only y and the
+# result, half a unit each, and get as much again for a rounding the other way. For float64 the
+# reference is no more precise than what it checks: its own sum of thousands is off by dozens.
+TOLERANCE = {"float32": 16, "bfloat16": 2, "float16": 2, "float64": 256}
+
+# Elements of an elementwise check at a time: its float64 intermediates stay in the cache, and torch
+# keeps to one thread, which is faster than waking others for each of a dozen small steps.
+CHUNK = 1 << 14
+
+
+class WrongResult(Exception):
+    """fastact and the reference differ by more than rounding explains."""
+
+
+def check(case: Case, inputs: Inputs, directions: dict[str, Sides]) -> None:
+    results = []
+    for direction, side in directions.items():
+        results.append(result := side.ours())
+        if (result.shape, result.dtype) != (inputs.x.shape, inputs.x.dtype):
+            _fail(case, direction, f"returned {result.dtype} of shape {tuple(result.shape)}")
+
+    info = torch.finfo(DTYPES[case.dtype])
+    relative = TOLERANCE[case.dtype] * info.eps
+    absolute = 8 * info.tiny * info.eps  # eight subnormal steps, where relative error means nothing
+    for x, dy, *pieces in _pieces(case, inputs.x, inputs.dy, *results):
+        y, dx, scale = _expected(case, x, dy)
+        # A backward sees y already rounded: its error grows with dy even where dx itself is small.
+        bounds = {"forward": y.abs(), "backward": scale + dx.abs(), "both": scale + dx.abs()}
+        for (direction, bound), got in zip(bounds.items(), pieces, strict=True):
+            want = y if direction == "forward" else dx
+            allowed = relative * bound + absolute
+            wrong = ~((got.double() - want).abs() <= allowed)  # this way round, NaN is wrong too
+            if wrong.any():
+                i = int(wrong.flatten().nonzero()[0])
+                at = [t.flatten()[i].item() for t in (x, dy, got, want, got - want, allowed)]
+                what = "x = {:.9g}, dy = {:.9g}: {:.9g}, not {:.9g}; off by {:.2g}, allowed {:.2g}"
+                _fail(case, direction, what.format(*at))
+
+
+def _expected(case: Case, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y, dx and the magnitude of the terms dx is made of, all in float64."""
+    x, dy = x.detach().to(torch.float64, copy=True).requires_grad_(), dy.double()
+    y = case.row.reference(x, *case.args)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    y, scale = y.detach(), dy.abs()
+    if case.dim is not None:
+        scale = y * (scale + (y * scale).sum(case.dim, keepdim=True))
+    return y, dx, scale
+
+
+def _pieces(case: Case, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    if case.dim is not None:
+        yield tensors
+    else:
+        yield from zip(*(t.flatten().split(CHUNK) for t in tensors), strict=True)
+
+
+def _fail(case: Case, direction: str, what: str) -> None:
+    dim = "" if case.dim is None else f", dim {case.dim}"
+    raise WrongResult(f"{case.row.name} {direction}, {case.dtype} {case.shape}{dim}: {what}")

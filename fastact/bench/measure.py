@@ -1,0 +1,74 @@
+"""The measurement itself: check, compile, time; one row per case and direction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from fastact.bench.cases import TENSORS_MOVED, Case, Inputs, sides
+from fastact.bench.check import check
+from fastact.bench.compiling import Compiler
+from fastact.bench.timing import Call, CpuTimer, CudaTimer, Spread
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A row of the report. Ratios are torch's median over ours: above 1, fastact is faster."""
+
+    op: str
+    direction: str
+    dtype: str
+    label: str
+    shape: list[int]
+    dim: int | None
+    elements: int
+    baseline: str
+    ours: Spread
+    eager: Spread
+    compiled: Spread | None
+    gigabytes_per_second: float
+    share_of_copy: float
+    ratio_eager: float
+    ratio_compiled: float | None
+
+
+def measure(
+    cases: Iterable[Case],
+    device: str,
+    seconds: float,
+    compiler: Compiler | None = None,
+) -> Iterator[Measurement]:
+    """Yields three rows per case, each timed for about `seconds`; raises WrongResult."""
+    timer = CudaTimer() if device == "cuda" else CpuTimer()
+    inputs, made_for = None, None
+    for case in cases:
+        if inputs is None or made_for != (case.dtype, case.shape):
+            inputs = None  # lets go of the old tensors before there are new ones
+            inputs, made_for = Inputs(case, device), (case.dtype, case.shape)
+        directions = sides(case, inputs)
+        check(case, inputs, directions)
+        for direction, side in directions.items():
+            calls: dict[str, Call] = {"ours": side.ours, "eager": side.eager}
+            if compiler and (compiled := compiler(side)):
+                calls["compiled"] = compiled
+            calls["copy"] = inputs.copy(direction)
+            times = timer(calls, seconds)
+            ours, rival = times["ours"], times.get("compiled")
+            moved = TENSORS_MOVED[direction] * case.elements * inputs.x.element_size()
+            yield Measurement(
+                op=case.row.name,
+                direction=direction,
+                dtype=case.dtype,
+                label=case.label,
+                shape=list(case.shape),
+                dim=case.dim,
+                elements=case.elements,
+                baseline=side.baseline,
+                ours=ours,
+                eager=times["eager"],
+                compiled=rival,
+                gigabytes_per_second=moved / ours.median * 1e-9,
+                share_of_copy=times["copy"].median / ours.median,
+                ratio_eager=times["eager"].median / ours.median,
+                ratio_compiled=rival.median / ours.median if rival else None,
+            )

@@ -1,0 +1,144 @@
+"""What a run leaves behind: a table to read, a file to keep, a comparison with an older file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastact.bench.cases import TENSORS_MOVED
+from fastact.bench.measure import Measurement
+from fastact.bench.timing import Spread
+
+# A row is slower only if both say so: small times jitter by ratio, large ones by amount.
+SLOWER_BY_SHARE = 0.10
+SLOWER_BY_SECONDS = 20e-6
+
+
+@dataclass
+class Report:
+    environment: dict[str, Any]
+    rows: list[Measurement]
+    notes: list[str] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        data = json.loads(path.read_text())
+        for row in data["rows"]:
+            for side in ("ours", "eager", "compiled"):
+                row[side] = row[side] and Spread(**row[side])
+        return cls(data["environment"], [Measurement(**row) for row in data["rows"]], data["notes"])
+
+    def title(self) -> str:
+        e = self.environment
+        isa = e["build"].get("isa")
+        processor = f"{e['processor']} ({isa})" if isa and e["device"] == "cpu" else e["processor"]
+        return f"{processor}, {e['threads']} threads, torch {e['torch']}, {e['date']}"
+
+    def table(self) -> str:
+        build = ", ".join(f"{key} {value}" for key, value in self.environment["build"].items())
+        lines = [self.title(), f"build: {build}"]
+        ops = list(dict.fromkeys(row.op for row in self.rows))
+        dtypes = list(dict.fromkeys(row.dtype for row in self.rows))
+        for op in ops:
+            rows = [row for row in self.rows if row.op == op]
+            rows.sort(key=lambda row: (dtypes.index(row.dtype), row.elements))  # stable
+            baselines = {row.direction: row.baseline for row in rows}
+            lines += ["", op, *(f"  {way} against {what}" for way, what in baselines.items())]
+            width = max(len("elements"), *(len(_size(row)) for row in rows))
+            lines.append(
+                f"  {'dtype':8}  {'elements':>{width}}  {'':8} {'median':>9} {'quartiles':>17}"
+                f" {'GB/s':>6} {'of copy':>8} {'x eager':>8} {'x compile':>9}"
+            )
+            above = ("", "")
+            for row in rows:
+                # Said once for all directions, so that the eye finds the groups.
+                here = (row.dtype, _size(row))
+                dtype, size = here if here != above else ("", "")
+                above = here
+                lines.append(
+                    f"  {dtype:8}  {size:>{width}}  {row.direction:8} {_spread(row.ours)}"
+                    f" {_number(row.gigabytes_per_second):>6} {row.share_of_copy:8.0%}"
+                    f" {row.ratio_eager:8.2f} {_ratio(row.ratio_compiled):>9}"
+                )
+        return "\n".join([*lines, "", *self._summary(ops), *self.notes])
+
+    def _summary(self, ops: list[str]) -> Iterator[str]:
+        yield "geometric means of x eager and x compile, torch's time over ours"
+        for op in ops:
+            cells = [f"  {op:16}"]
+            for direction in TENSORS_MOVED:
+                rows = [row for row in self.rows if (row.op, row.direction) == (op, direction)]
+                eager = _mean([row.ratio_eager for row in rows])
+                compiled = _mean([row.ratio_compiled for row in rows])
+                cells.append(f"{direction} {_ratio(eager):>6} {_ratio(compiled):>6}")
+            yield "   ".join(cells)
+
+
+def compare(old: Report, new: Report) -> tuple[str, bool]:
+    """A table of what changed since the old report, and whether to worry: because something
+    became slower, or because nothing could be compared.
+    """
+    before = {_identity(row): row.ours for row in old.rows}
+    pairs = [(before[key], row) for row in new.rows if (key := _identity(row)) in before]
+    pairs.sort(key=lambda pair: pair[1].ours.median / pair[0].median, reverse=True)
+    slower = [(was, row) for was, row in pairs if _is_slower(row.ours, was)]
+    faster = [(was, row) for was, row in pairs if _is_slower(was, row.ours)]
+    lines = [f"old: {old.title()}", f"new: {new.title()}", ""]
+    for word, changed in (("slower", slower), ("faster", faster)):
+        for was, row in changed:
+            what = f"{row.op} {row.direction}, {row.dtype}, {_size(row)}"
+            change = row.ours.median / was.median - 1
+            lines.append(f"  {word} {change:+5.0%}  {_time(was)} -> {_time(row.ours)}  {what}")
+    lines.append(
+        f"{len(pairs)} of {len(new.rows)} rows compared, {len(slower)} slower and {len(faster)} "
+        f"faster by {SLOWER_BY_SHARE:.0%} and {SLOWER_BY_SECONDS * 1e6:.0f} us at least"
+    )
+    return "\n".join(lines), bool(slower) or not pairs
+
+
+def _identity(row: Measurement) -> tuple:
+    return row.op, row.direction, row.dtype, *row.shape, row.dim
+
+
+def _is_slower(one: Spread, other: Spread) -> bool:
+    margin = max(other.median * SLOWER_BY_SHARE, SLOWER_BY_SECONDS)
+    return one.median - other.median > margin
+
+
+def _mean(ratios: list[float | None]) -> float | None:
+    logarithms = [math.log(ratio) for ratio in ratios if ratio is not None]
+    return math.exp(sum(logarithms) / len(logarithms)) if logarithms else None
+
+
+def _size(row: Measurement) -> str:
+    return row.label if row.dim is None else f"{row.label} {tuple(row.shape)}"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def _unit(spread: Spread) -> tuple[str, float]:
+    return ("ms", 1e3) if spread.median >= 1e-3 else ("us", 1e6)
+
+
+def _time(spread: Spread) -> str:
+    unit, factor = _unit(spread)
+    return f"{_number(spread.median * factor):>6} {unit}"
+
+
+def _spread(spread: Spread) -> str:
+    factor = _unit(spread)[1]
+    q1, q3 = _number(spread.q1 * factor), _number(spread.q3 * factor)
+    return f"{_time(spread)} {q1:>7} .. {q3:>6}"
