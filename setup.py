@@ -64,8 +64,15 @@ def extension() -> Extension:
     # formulas say themselves where a fused multiply-add belongs, and results must not depend on where the compiler sees one.
     flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
     # OpenMP's runtime is torch's own: compiled for it, not linked to a second one.
-    flags += ["-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter", "-Wno-maybe-uninitialized",
-              "-Wno-uninitialized"]
+    flags += [
+        "-fopenmp",
+        "-Wall",
+        "-Wextra",
+        "-Wno-psabi",
+        "-Wno-unused-parameter",
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+    ]
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*.cpp"))
     headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("**/*.h"))
     return Extension("fastact._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=["-Wl,-z,relro,-z,now"])

@@ -1,9 +1,9 @@
 // THE MATHEMATICS: one functor per elementwise activation, forward beside backward, then the one list of rows.
 //
 // A functor is a template over its lane type (lane.h says which words it may use). `forward(x)` is the activation,
-// `backward(dy, saved)` is dy times its derivative, written in terms of the tensor that is kept: the output y, or the input x where
-// saves_input() says so. Everything else -- instruction sets, dtypes, CUDA, ops, autograd, forward and reverse mode of any
-// order, tests, benchmark, documentation -- follows from these lines and from the rows at the end.
+// `backward(dy, saved)` is dy times its derivative, written in terms of the tensor that is kept: the output y, or the input x
+// where saves_input() says so. Everything else -- instruction sets, dtypes, CUDA, ops, autograd, forward and reverse mode of
+// any order, tests, benchmark, documentation -- follows from these lines and from the rows at the end.
 #pragma once
 
 #include "lane.h"
@@ -50,8 +50,8 @@ struct LeakyReLU {
   FASTACT_FN V backward(V dy, V saved) const { return select(saved > V(0), dy, negative_slope * dy); }
 };
 
-/// tanh(x): with e = e^(-2|x|), 1 - 2 e / (1 + e) above 0.625, |x| + |x|^3 P(x^2) below; the sign is put back, so that it is odd
-/// bit for bit.
+/// tanh(x): with e = e^(-2|x|), 1 - 2 e / (1 + e) above 0.625, |x| + |x|^3 P(x^2) below; the sign is put back, so that it is
+/// odd bit for bit.
 template <class V>
 struct Tanh : SavesOutput {
   FASTACT_FN explicit Tanh(const double*) {}
@@ -97,10 +97,10 @@ struct ELU {
 }  // namespace fastact
 
 /// The one list: ROW(op, functor, names of the float parameters ...).
-#define FASTACT_ACTIVATIONS(ROW)              \
-  ROW(sigmoid, Sigmoid)                       \
-  ROW(relu, ReLU)                             \
-  ROW(leaky_relu, LeakyReLU, "negative_slope") \
-  ROW(tanh, Tanh)                             \
+#define FASTACT_ACTIVATIONS(ROW)                       \
+  ROW(sigmoid, Sigmoid)                                \
+  ROW(relu, ReLU)                                      \
+  ROW(leaky_relu, LeakyReLU, "negative_slope")         \
+  ROW(tanh, Tanh)                                      \
   ROW(scaled_sigmoid, ScaledSigmoid, "scale", "slope") \
   ROW(elu, ELU, "alpha")

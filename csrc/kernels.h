@@ -13,9 +13,9 @@ constexpr int kMaxParameters = 2;
 
 /// What the rest of the library knows of an activation: one per row of activations.h, in that order.
 struct Row {
-  const char* name;                        // op and Python function: "leaky_relu"
-  const char* functor;                     // functor, module and autograd Function: "LeakyReLU"
-  const char* parameters[kMaxParameters];  // names, in order; null where there is none
+  const char* name;                               // op and Python function: "leaky_relu"
+  const char* functor;                            // functor, module and autograd Function: "LeakyReLU"
+  const char* parameters[kMaxParameters];         // names, in order; null where there is none
   bool (*saves_input)(const double* parameters);  // whether backward wants x (else y) for these parameters
 
   constexpr int arity() const {
@@ -41,7 +41,8 @@ using SoftmaxBackward = void (*)(const void* dy, const void* y, void* dx, Softma
 /// Inner positions of one unit when inner > 1: enough to fill cache lines, few enough to stay in L1 with their sums.
 constexpr int64_t kSoftmaxColumns = 64;
 
-/// Units of work, in every file a function of its own: a row each when inner is 1, else kSoftmaxColumns neighbouring rows of one outer index.
+/// Units of work, in every file a function of its own: a row each when inner is 1, else kSoftmaxColumns neighbouring rows of
+/// one outer index.
 static constexpr int64_t softmax_units(SoftmaxShape s) {
   return s.inner == 1 ? s.outer : s.outer * ((s.inner + kSoftmaxColumns - 1) / kSoftmaxColumns);
 }

@@ -183,9 +183,9 @@ FASTACT_FN V exp_nonpositive(V x) {
   return select(x < V(C::exp_normal), V(0), scale2(exp_reduced(a.r), a.n));
 }
 
-/// e^x for x < exp_normal, where it is subnormal or 0: rounded correctly but for the error of exp_reduced, and without an operation
-/// on a subnormal number. Adding subnormal_bias, whose last bit stands for the smallest subnormal, rounds to the right grid, and
-/// leaves in the low bits just the pattern of the result.
+/// e^x for x < exp_normal, where it is subnormal or 0: rounded correctly but for the error of exp_reduced, and without an
+/// operation on a subnormal number. Adding subnormal_bias, whose last bit stands for the smallest subnormal, rounds to the
+/// right grid, and leaves in the low bits just the pattern of the result.
 template <class V>
 FASTACT_FN V exp_subnormal(V x) {
   using C = Constants<typename ElementOf<V>::type>;

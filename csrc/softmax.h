@@ -2,12 +2,13 @@
 //
 //   y_j = e_j / s,  e_j = exp(x_j - m),  s = sum e_j            backward: dx_j = y_j (dy_j - d),  d = sum dy_j y_j
 //
-// The maximum is subtracted before anything else, so that a row of huge equal numbers is right. It need not carry NaN: an x_j that is
-// NaN makes e_j, and so s and the whole row, NaN. A row of -inf, or one that holds +inf, is NaN through inf - inf.
+// The maximum is subtracted before anything else, so that a row of huge equal numbers is right. It need not carry NaN: an x_j
+// that is NaN makes e_j, and so s and the whole row, NaN. A row of -inf, or one that holds +inf, is NaN through inf - inf.
 //
-// s and d are summed in one order, whatever the layout, the vector width or the number of threads: element j goes to partial sum
-// j mod kSumLanes, in order of j, and after every kSumBlock elements the partial sums are added as a tree (8 apart, 4, 2, 1) and
-// the result goes to a total kept in double. So a result depends on the row alone, and the error of the sum does not grow with n.
+// s and d are summed in one order, whatever the layout, the vector width or the number of threads: element j goes to partial
+// sum j mod kSumLanes, in order of j, and after every kSumBlock elements the partial sums are added as a tree (8 apart, 4, 2,
+// 1) and the result goes to a total kept in double. So a result depends on the row alone, and the error of the sum does not
+// grow with n.
 #pragma once
 
 #include "lane.h"

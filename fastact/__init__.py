@@ -1,4 +1,4 @@
-"""Activation functions for PyTorch as fused kernels: `fastact.Sigmoid` for `nn.Sigmoid`, `fastact.sigmoid` for `torch.sigmoid`."""
+"""Activation functions for PyTorch as fused kernels: `fastact.Sigmoid` for `nn.Sigmoid`, `fastact.relu` for `F.relu` ..."""
 
 from fastact._build import build_info, check
 

@@ -54,9 +54,9 @@ softmax: Row
 def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
     """Makes the public function of a row out of its reference, whose name, signature and docstring it takes.
 
-    The result is a C function: it goes to the kernel where there is one for the input's dtype, device and layout, and else calls
-    the reference. `ulp` is the promised error of the row, which stands as `{ulp}` in its docstring; None where a count of ULP is
-    not the right measure.
+    The result is a C function: it goes to the kernel where there is one for the input's dtype, device and layout, and else
+    calls the reference. `ulp` is the promised error of the row, which stands as `{ulp}` in its docstring; None where a count
+    of ULP is not the right measure.
     """
 
     def decorate(reference: Callable[P, Tensor]) -> Callable[P, Tensor]:

@@ -1,17 +1,18 @@
 """The activations as Python has them: a function each, and its module. csrc/activations.h has their mathematics.
 
-The body of a function is its reference in plain torch: the definition that the tests measure against, and what is computed for inputs
-that have no kernel (integers, complex numbers, sparse tensors, other devices ...). `@activation` makes the C function of it.
+The body of a function is its reference in plain torch: the definition that the tests measure against, and what is computed for
+inputs that have no kernel (integers, complex numbers, sparse tensors, other devices ...). `@activation` makes the C function.
 
-A module is its `torch.nn` twin with another forward, so `isinstance`, `repr`, `state_dict`, `deepcopy` and pickle behave as before.
+A module is its `torch.nn` twin with another forward, so `isinstance`, `repr`, `state_dict`, `deepcopy` and pickle behave as
+before.
 
 What holds for every function here:
 
 - **dtypes** with kernels: float64, float32, bfloat16, float16; 16-bit types are computed in float32 and rounded once.
-- **layouts**: any dense tensor (contiguous, channels_last, permuted) is processed where it lies, and the result has its strides;
-  other layouts give the strides that torch gives.
-- **errors of results**: as each function states, in ULP of float32 and float64, over all inputs. 16-bit results are correctly rounded,
-  but for at most 4 (bfloat16) and 6 (float16) of the 65,536 inputs, which are off by one step.
+- **layouts**: any dense tensor (contiguous, channels_last, permuted) is processed where it lies, and the result has its
+  strides; other layouts give the strides that torch gives.
+- **errors of results**: as each function states, in ULP of float32 and float64, over all inputs. 16-bit results are correctly
+  rounded, but for at most 4 (bfloat16) and 6 (float16) of the 65,536 inputs, which are off by one step.
 - **gradients**: reverse and forward mode, of any order; one tensor is saved, the output unless the function says otherwise.
   The backward is within 3 ULP of its formula on the saved tensor; where a factor of that is subnormal, its last bit times the
   other factors comes on top.
@@ -82,9 +83,9 @@ class ReLU(nn.ReLU):
 def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """x where x > 0, else negative_slope * x, elementwise: `torch.nn.functional.leaky_relu`.
 
-    Gradient: dy where x > 0, else negative_slope * dy. Saved: the output, whose sign tells the branch; for a negative slope the input.
-    Shape and dtype: those of x. Error: at most {ulp} ULP. With `inplace` the result overwrites x; for a negative slope its
-    backward raises `RuntimeError`, because the branch is lost.
+    Gradient: dy where x > 0, else negative_slope * dy. Saved: the output, whose sign tells the branch; for a negative slope
+    the input. Shape and dtype: those of x. Error: at most {ulp} ULP.
+    With `inplace` the result overwrites x; for a negative slope the backward then raises `RuntimeError`: the branch is lost.
     """
     return F.leaky_relu(x, negative_slope, inplace)
 
@@ -151,7 +152,7 @@ def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 
 
 class ELU(nn.ELU):
-    """`fastact.elu` as a module: the twin of `torch.nn.ELU(alpha=1.0, inplace=False)`. Shape: any; the output has the input's."""
+    """`fastact.elu` as a module: the twin of `torch.nn.ELU(alpha=1.0, inplace=False)`. Shape: any."""
 
     def forward(self, input: Tensor) -> Tensor:
         return elu(input, self.alpha, self.inplace)
@@ -162,9 +163,9 @@ def softmax(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = None)
     """exp(x - m) / sum(exp(x - m)) along `dim`, with m the maximum: `torch.nn.functional.softmax`.
 
     Gradient: y (dy - sum(dy y)). Shape: that of x; dtype: `dtype` if given, to which x is cast first, else that of x.
-    A row that is all -inf, or holds NaN or +inf, is NaN. The row sum does not depend on layout or threads. Without `dim`, torch's
-    choice is made with torch's warning. Over a dimension of one element the result is always 1 and the gradient 0: warns, once.
-    Errors: `IndexError` for a dim out of range.
+    A row that is all -inf, or holds NaN or +inf, is NaN. Terms exp(x - m) below the smallest normal number count as 0. The sum
+    does not depend on layout or threads. Without `dim`, torch's choice is made with torch's warning. Over a dimension of one
+    element the result is always 1 and the gradient 0: warns, once. Raises `IndexError` for a dim out of range.
     """
     return F.softmax(x, dim, dtype=dtype)
 

@@ -28,7 +28,7 @@ def _make(row: _registry.Row) -> type[torch.autograd.Function]:
             return y
 
         @staticmethod
-        def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        def backward(ctx: Any, dy: Tensor) -> Any:
             (saved,) = ctx.saved_tensors
             return row.backward_op(dy, saved, *ctx.parameters), *[None] * (ctx.inputs - 1)
 
@@ -41,7 +41,7 @@ def _make(row: _registry.Row) -> type[torch.autograd.Function]:
 
 _functions = {row.class_name: _make(row) for row in _registry.rows.values()}
 globals().update(_functions)
-__all__ = sorted(_functions)  # noqa: PLE0605
+__all__ = sorted(_functions)
 
 
 def __getattr__(name: str) -> type[torch.autograd.Function]:

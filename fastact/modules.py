@@ -3,4 +3,4 @@
 from fastact import _registry, activations
 from fastact.activations import *  # noqa: F403
 
-__all__ = [name for name in activations.__all__ if name not in _registry.rows]  # noqa: PLE0605
+__all__ = [name for name in activations.__all__ if name not in _registry.rows]

@@ -1,7 +1,8 @@
-"""The axes of the suite: rows, dtypes, instruction sets, seeds. A test names an activation only where it alone has the property.
+"""The axes of the suite: rows, dtypes, instruction sets, seeds. A test names an activation only if it alone has the property.
 
-A parameter called `row`, `any_row` or `dtype` runs over all of them; `isa` runs over the instruction sets this CPU has and puts the
-best one back. A randomly drawn input comes from the `generator` fixture, whose seed a failure prints; FASTACT_TEST_SEED sets it.
+A parameter called `row`, `any_row` or `dtype` runs over all of them; `isa` runs over the instruction sets this CPU has and
+puts the best one back. A randomly drawn input comes from the `generator` fixture, whose seed a failure prints;
+FASTACT_TEST_SEED sets it.
 """
 
 from __future__ import annotations

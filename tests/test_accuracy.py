@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import mpmath
 import pytest
 import torch
 from conftest import SEED, parameter_sets
-from ulp import FORMATS, Worst, ulp_of, backward_formula, backward_sweep, exact_parameters, forward_sweep, patterns
+from ulp import FORMATS, Worst, backward_formula, backward_sweep, exact_parameters, forward_sweep, patterns, ulp_of
 
 from fastact import _registry
 from fastact._registry import Row
@@ -99,7 +100,13 @@ def test_float64_backward(row: Row, isa: str, generator: torch.Generator) -> Non
         leaf = x.clone().requires_grad_()
         (actual,) = torch.autograd.grad(row.function(leaf, *parameters), leaf, dy)
         # For |x| <= 1 the errors of y, of a few 2^-53, grow by less than 8 in 1 - y and in torch's own formula.
-        torch.testing.assert_close(actual, expected, rtol=32 * 2.0**-53, atol=0, msg=lambda m: f"{row.name}{parameters} {isa} seed {SEED}: {m}")
+        torch.testing.assert_close(
+            actual,
+            expected,
+            rtol=32 * 2.0**-53,
+            atol=0,
+            msg=partial("{}{} {} seed {}: {}".format, row.name, parameters, isa, SEED),
+        )
 
 
 def test_backward_formula_is_the_one_on_paper() -> None:

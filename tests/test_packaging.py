@@ -38,7 +38,13 @@ def hook(code: str, hidden: bool, cwd: Path) -> subprocess.CompletedProcess[str]
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tracked files alone, so that the hooks write nothing into the checkout."""
     folder = tmp_path_factory.mktemp("source")
-    files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     for name in filter(None, files.split("\0")):
         if (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +80,8 @@ def test_sdist_needs_no_torch_and_holds_the_sources(source: Path, tmp_path: Path
     made = hook(f"print(build_meta.build_sdist({str(tmp_path)!r}))", True, source)
     assert made.returncode == 0, made.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    with tarfile.open(archive) as content:
+        names = {name.partition("/")[2] for name in content.getnames()}
     tracked = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.suffix in (".h", ".cpp")}
     assert tracked <= names, tracked - names
     assert {"pyproject.toml", "setup.py", "README.md", "LICENSE", "fastact/py.typed"} <= names
@@ -88,4 +95,3 @@ def test_metadata_needs_no_torch(source: Path, tmp_path: Path) -> None:
     assert "Requires-Dist: torch>=" in metadata
     requires = (source / "pyproject.toml").read_text().split("requires = [", 1)[1].split("]", 1)[0]
     assert "torch" not in requires
-

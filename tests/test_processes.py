@@ -92,12 +92,25 @@ def test_interpreter_lock_is_released_in_long_calls() -> None:
 
 def test_import_leaves_the_floating_point_mode() -> None:
     """A library linked with fast-math turns gradual underflow off for the whole thread when it is loaded."""
-    made = python("import torch; a = torch.tensor(1e-38).item() / 16; import fastact; assert 1e-310 / 16 > 0; assert (torch.tensor(1e-38) / 16).item() > 0")
+    made = python(
+        """
+import torch, fastact
+assert 1e-310 / 16 > 0
+assert (torch.tensor(1e-38) / 16).item() > 0
+"""
+    )
     assert made.returncode == 0, made.stderr
 
 
 def test_flush_mode_of_the_user_is_kept() -> None:
-    made = python("import torch, fastact; torch.set_flush_denormal(True); fastact.sigmoid(torch.ones(9)); assert (torch.tensor(1e-38) / 16).item() == 0")
+    made = python(
+        """
+import torch, fastact
+torch.set_flush_denormal(True)
+fastact.sigmoid(torch.ones(9))
+assert (torch.tensor(1e-38) / 16).item() == 0
+"""
+    )
     assert made.returncode == 0, made.stderr
 
 

@@ -1,6 +1,6 @@
-"""Errors of the elementwise kernels in units of the last place, over bit patterns. As a program it prints the table of the docs:
+"""Errors of the elementwise kernels in units of the last place, over bit patterns. As a program it prints them as a table:
 
-    python tests/ulp.py [--step 1]       every float32 input at step 1 (some minutes), every step-th otherwise
+python tests/ulp.py [--step 1]       every float32 input at step 1 (some minutes), every step-th otherwise
 """
 
 from __future__ import annotations
@@ -83,13 +83,15 @@ def backward_formula(row: Row, dy: Tensor, saved: Tensor, parameters: tuple[floa
 
 
 def backward_sweep(row: Row, parameters: tuple[float, ...], chunks: Iterator[Tensor], dy: float) -> Worst:
-    """A subnormal factor of the formula has an error of its last bit, which the other factors, dy and the parameters, multiply."""
+    """A subnormal factor of the formula has an error of its last bit, which dy and the parameters multiply."""
     worst = Worst()
     smallest = abs(dy) * max([1.0, *map(abs, parameters)]) * 2.0**-149
     for x in chunks:
         saved = x if row.saves_input(*parameters) else row.op(x, *parameters)
         gradient = torch.full_like(saved, dy)
-        worst.add(x, backward_formula(row, gradient, saved, parameters), row.backward_op(gradient, saved, *parameters), smallest)
+        worst.add(
+            x, backward_formula(row, gradient, saved, parameters), row.backward_op(gradient, saved, *parameters), smallest
+        )
     return worst
 
 
@@ -97,8 +99,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step", type=int, default=61, help="take every step-th float32 pattern")
     step = parser.parse_args().step
-    print(f"Largest error over every {step if step > 1 else ''} float32 input, and over all 65,536 16-bit inputs".replace("  ", " "))
-    print(f"{'':16}{'isa':10}{'promise':>9}{'float32':>9}{'bfloat16':>10}{'wrong':>7}{'float16':>9}{'wrong':>7}{'backward':>10}")
+    print(
+        f"Largest error over every {step if step > 1 else ''} float32 input, and over all 65,536 16-bit inputs".replace(
+            "  ", " "
+        )
+    )
+    print(
+        f"{'':16}{'isa':10}{'promise':>9}{'float32':>9}{'bfloat16':>10}{'wrong':>7}{'float16':>9}{'wrong':>7}{'backward':>10}"
+    )
     for row in ELEMENTWISE:
         for isa in ISAS:
             _C.use_isa(isa)

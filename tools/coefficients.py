@@ -63,12 +63,30 @@ FITS = [
     # exp: relative to exp(r) itself, because the 1 is added before the result is scaled. (double uses expm1's table.)
     Fit("exp_tail<float>", "(e^r - 1 - r) / r^2 of r", expm1_tail, lambda r: r**2 / mp.exp(r), -HALF, HALF, 4, "float"),
     # expm1: relative to expm1(r), which is stricter, because nothing is added where |x| is small.
-    Fit("expm1_tail<float>", "(e^r - 1 - r) / r^2 of r", expm1_tail,
-        lambda r: r**2 / mp.expm1(r) if r else mp.mpf(0), -HALF, HALF, 5, "float"),
-    Fit("expm1_tail<double>", "(e^r - 1 - r) / r^2 of r", expm1_tail,
-        lambda r: r**2 / mp.expm1(r) if r else mp.mpf(0), -HALF, HALF, 11, "double"),
+    Fit(
+        "expm1_tail<float>",
+        "(e^r - 1 - r) / r^2 of r",
+        expm1_tail,
+        lambda r: r**2 / mp.expm1(r) if r else mp.mpf(0),
+        -HALF,
+        HALF,
+        5,
+        "float",
+    ),
+    Fit(
+        "expm1_tail<double>",
+        "(e^r - 1 - r) / r^2 of r",
+        expm1_tail,
+        lambda r: r**2 / mp.expm1(r) if r else mp.mpf(0),
+        -HALF,
+        HALF,
+        11,
+        "double",
+    ),
     Fit("tanh_tail<float>", "(tanh x - x) / x^3 of x^2", tanh_tail, tanh_weight, mp.mpf(0), mp.mpf("0.625") ** 2, 5, "float"),
-    Fit("tanh_tail<double>", "(tanh x - x) / x^3 of x^2", tanh_tail, tanh_weight, mp.mpf(0), mp.mpf("0.625") ** 2, 11, "double"),
+    Fit(
+        "tanh_tail<double>", "(tanh x - x) / x^3 of x^2", tanh_tail, tanh_weight, mp.mpf(0), mp.mpf("0.625") ** 2, 11, "double"
+    ),
 ]
 
 

@@ -33,9 +33,9 @@ def environment(folder: Path) -> Path:
     python = folder / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['platlib'])").strip())
     for package in SITE.iterdir():
-        if not package.name.startswith(("fastact", "__editable__", "pip", "setuptools", "ninja", "_distutils")):
-            if not (site / package.name).exists():
-                (site / package.name).symlink_to(package)
+        left_out = package.name.startswith(("fastact", "__editable__", "pip", "setuptools", "ninja", "_distutils"))
+        if not left_out and not (site / package.name).exists():
+            (site / package.name).symlink_to(package)
     return python
 
 
@@ -65,7 +65,9 @@ def main() -> None:
             if "Collecting torch" in log or "Downloading torch" in log:
                 sys.exit(f"{name} fetched a torch:\n{log}")
             where = run(python, "-c", TRY, cwd=Path(temporary)).strip()
-            print(f"{name}: {time.perf_counter() - start:.0f} s, {'in place' if str(checkout) in where else 'in site-packages'}")
+            print(
+                f"{name}: {time.perf_counter() - start:.0f} s, {'in place' if str(checkout) in where else 'in site-packages'}"
+            )
 
 
 if __name__ == "__main__":

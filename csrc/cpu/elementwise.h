@@ -29,8 +29,7 @@ void backward(const void* dy_, const void* saved_, void* dx_, int64_t n, const d
   const Functor<V> f(parameters);
   int64_t i = 0;
 #pragma GCC unroll 2
-  for (; i + V::lanes <= n; i += V::lanes)
-    store(dx + i, f.backward(load(dy + i), load(saved + i)));
+  for (; i + V::lanes <= n; i += V::lanes) store(dx + i, f.backward(load(dy + i), load(saved + i)));
   if (const int rest = int(n - i))
     store_part(dx + i, rest, f.backward(load_part(dy + i, rest, V(0)), load_part(saved + i, rest, V(0))));
 }

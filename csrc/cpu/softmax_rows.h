@@ -149,8 +149,7 @@ void long_row(const S* x, S* y, int64_t n) {
 
   for (i = 0; i < n; i += N) {
     const int count = n - i < N ? int(n - i) : N;
-    const V e = kept ? load_some(terms + i, count, V(0))
-                     : Softmax<V>::term(load_some(x + i, count, V(-kInfinity)), maximum);
+    const V e = kept ? load_some(terms + i, count, V(0)) : Softmax<V>::term(load_some(x + i, count, V(-kInfinity)), maximum);
     store_some(y + i, count, Softmax<V>::forward(e, inverse));
   }
 }
@@ -170,8 +169,7 @@ void long_row_backward(const S* dy, const S* y, S* dx, int64_t n) {
   const V dot = V(T(sum.total));
   for (int64_t i = 0; i < n; i += N) {
     const int count = n - i < N ? int(n - i) : N;
-    store_some(dx + i, count,
-                Softmax<V>::backward(load_some(dy + i, count, V(0)), load_some(y + i, count, V(0)), dot));
+    store_some(dx + i, count, Softmax<V>::backward(load_some(dy + i, count, V(0)), load_some(y + i, count, V(0)), dot));
   }
 }
 
@@ -317,8 +315,7 @@ void columns(const S* x, S* y, int64_t n, int64_t inner, int width) {
   V maximum[C::most];
   for (int k = 0; k < vectors; ++k) maximum[k] = V(-kInfinity);
   for (int64_t j = 0; j < n; ++j)
-    for (int k = 0; k < vectors; ++k)
-      maximum[k] = max(load_some(x + j * inner + k * N, c.count(k), V(0)), maximum[k]);
+    for (int k = 0; k < vectors; ++k) maximum[k] = max(load_some(x + j * inner + k * N, c.count(k), V(0)), maximum[k]);
 
   constexpr bool in_place = sizeof(S) == sizeof(T);
   T scratch[in_place ? 1 : kScratch / sizeof(T)];
@@ -383,13 +380,14 @@ void columns_backward(const S* dy, const S* y, S* dx, int64_t n, int64_t inner, 
     for (int k = 0; k < vectors; ++k) {
       const int64_t at = j * inner + k * N;
       store_some(dx + at, c.count(k),
-                  Softmax<V>::backward(load_some(dy + at, c.count(k), V(0)), load_some(y + at, c.count(k), V(0)), dot[k]));
+                 Softmax<V>::backward(load_some(dy + at, c.count(k), V(0)), load_some(y + at, c.count(k), V(0)), dot[k]));
     }
 }
 
 // ---- Units ---------------------------------------------------------------------------------------------------------------
 
-/// Calls, for the units [begin, end): short(at, rows), long_(at) or columns(at, width), with `at` the offset of the first element.
+/// Calls, for the units [begin, end): short(at, rows), long_(at) or columns(at, width), with `at` the offset of the first
+/// element.
 template <class V, class Short, class Long, class Column>
 FASTACT_FN void each_unit(SoftmaxShape s, int64_t begin, int64_t end, Short short_, Long long_, Column column) {
   if (s.inner > 1) {
@@ -423,8 +421,7 @@ void softmax_backward(const void* dy_, const void* y_, void* dx_, SoftmaxShape s
   const S* y = static_cast<const S*>(y_);
   S* dx = static_cast<S*>(dx_);
   each_unit<LaneOf<S>>(
-      s, begin, end,
-      [=](int64_t at, int rows) { short_rows_backward(dy + at, y + at, dx + at, int(s.length), rows); },
+      s, begin, end, [=](int64_t at, int rows) { short_rows_backward(dy + at, y + at, dx + at, int(s.length), rows); },
       [=](int64_t at) { long_row_backward(dy + at, y + at, dx + at, s.length); },
       [=](int64_t at, int width) { columns_backward(dy + at, y + at, dx + at, s.length, s.inner, width); });
 }

@@ -100,8 +100,8 @@ struct Format<Float16> {
 
 #else
 
-  // Without an instruction for it. Subnormal halves are normalised by a subtraction of floats that are themselves normal, so that
-  // the result does not depend on the flush-to-zero mode.
+  // Without an instruction for it. Subnormal halves are normalised by a subtraction of floats that are themselves normal, so
+  // that the result does not depend on the flush-to-zero mode.
   FASTACT_FN static Float unpack(Narrow bits) {
     using Raw = Float::Raw;
     const Wide h = widen(bits), sign = (h & 0x8000) << 16, magnitude = (h & 0x7fff) << 13;

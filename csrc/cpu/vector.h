@@ -1,5 +1,5 @@
-// The SIMD lane type: N numbers of type T in one register, with the words of lane.h. Written over the compilers' vector extension;
-// intrinsics stand only where that has no word for an instruction (fused multiply-add, min, max, scalef).
+// The SIMD lane type: N numbers of type T in one register, with the words of lane.h. Written over the compilers' vector
+// extension; intrinsics stand only where that has no word for an instruction (fused multiply-add, min, max, scalef).
 #pragma once
 
 #include <stdint.h>
@@ -58,9 +58,7 @@ struct Lanes {
 
   FASTACT_FN friend Lanes select(Mask m, Lanes a, Lanes b) { return Lanes(m.bits ? a.raw : b.raw); }
   FASTACT_FN friend Lanes abs(Lanes x) { return Lanes((Raw)((Bits)x.raw & ~sign())); }
-  FASTACT_FN friend Lanes copysign(Lanes x, Lanes s) {
-    return Lanes((Raw)(((Bits)x.raw & ~sign()) | ((Bits)s.raw & sign())));
-  }
+  FASTACT_FN friend Lanes copysign(Lanes x, Lanes s) { return Lanes((Raw)(((Bits)x.raw & ~sign()) | ((Bits)s.raw & sign()))); }
   FASTACT_FN friend Lanes bits_difference(Lanes a, Lanes b) { return Lanes((Raw)((Bits)a.raw - (Bits)b.raw)); }
 
  private:

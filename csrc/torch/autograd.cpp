@@ -110,7 +110,8 @@ struct ForwardNode : torch::autograd::TraceableFunction {
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!grads[0].defined() || !task_should_compute_output(0)) return {Tensor()};
-    TORCH_CHECK(!input_lost, "In-place ", activation.name(), " with a negative slope has overwritten the input that its "
+    TORCH_CHECK(!input_lost, "In-place ", activation.name(),
+                " with a negative slope has overwritten the input that its "
                 "backward needs. Call it out of place.");
     return {activation.backward(grads[0], output_saved ? saved.unpack(self()) : saved.unpack())};
   }
@@ -203,9 +204,8 @@ template <class... P>
 struct BackwardAutograd {
   int row;
   Tensor operator()(c10::DispatchKeySet keys, const Tensor& dy, const Tensor& saved, P... p) const {
-    return backward(call_of(row, p...), dy, saved, [&] {
-      return backward_op<P...>(row).redispatch(keys & c10::after_autograd_keyset, dy, saved, p...);
-    });
+    return backward(call_of(row, p...), dy, saved,
+                    [&] { return backward_op<P...>(row).redispatch(keys & c10::after_autograd_keyset, dy, saved, p...); });
   }
 };
 

@@ -1,5 +1,5 @@
-// The Python module: one C function per activation, straight from CPython's fast call to the typed dispatcher handle, and what the
-// package asks about the build.
+// The Python module: one C function per activation, straight from CPython's fast call to the typed dispatcher handle, and what
+// the package asks about the build.
 #include <ATen/Parallel.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/Device.h>
@@ -39,12 +39,12 @@ struct Function {
   int row;  // kSoftmax for softmax
   std::string name, doc;
   PyMethodDef method;
-  py::object reference;           // called for what has no kernel
-  py::object warn;                // softmax: warns of an implicit or a useless dim, returns the dim
+  py::object reference;                // called for what has no kernel
+  py::object warn;                     // softmax: warns of an implicit or a useless dim, returns the dim
   std::vector<std::string> arguments;  // x first
-  std::vector<double> defaults;   // of the float parameters
-  bool inplace = false;           // whether the last argument is `inplace`
-  py::object self;                // the C function
+  std::vector<double> defaults;        // of the float parameters
+  bool inplace = false;                // whether the last argument is `inplace`
+  py::object self;                     // the C function
 
   static constexpr int kSoftmax = -1;
 };
@@ -162,8 +162,8 @@ PyObject* call_softmax(const Function& f, PyObject** bound, const Tensor& given)
   }
   static bool warned = false;
   const int64_t rank = x.dim();
-  if (!warned && rank > 0 && -rank <= dim && dim < rank &&
-      !x.unsafeGetTensorImpl()->has_symbolic_sizes_strides() && x.size(dim) == 1) {
+  if (!warned && rank > 0 && -rank <= dim && dim < rank && !x.unsafeGetTensorImpl()->has_symbolic_sizes_strides() &&
+      x.size(dim) == 1) {
     warned = true;
     f.warn(dim, rank);
   }
@@ -195,7 +195,7 @@ int row_named(const std::string& name) {
 /// Makes the C function for a public name. It lives as long as the process, as the functions of any module do.
 py::object make_function(const std::string& name, py::object reference, std::vector<std::string> arguments,
                          std::vector<double> defaults, bool inplace, const std::string& doc, py::object warn) {
-  auto* f = new Function{row_named(name), name, doc, {}, std::move(reference), std::move(warn), std::move(arguments),
+  auto* f = new Function{row_named(name),     name,    doc, {}, std::move(reference), std::move(warn), std::move(arguments),
                          std::move(defaults), inplace, {}};
   const size_t named = f->row == Function::kSoftmax ? 2 : size_t(kRows[f->row].arity());
   const size_t expected = 1 + named + (inplace ? 1 : 0);
@@ -207,12 +207,11 @@ py::object make_function(const std::string& name, py::object reference, std::vec
   f->method = {f->name.c_str(), reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)),
                METH_FASTCALL | METH_KEYWORDS, f->doc.c_str()};
   // Bound to a module object that holds the pointer: so it prints, pickles and copies as any built-in function of a module.
-  static PyModuleDef owner = {PyModuleDef_HEAD_INIT, "fastact.functional", nullptr, sizeof(Function*), nullptr, nullptr, nullptr,
-                              nullptr, nullptr};
+  static PyModuleDef owner = {
+      PyModuleDef_HEAD_INIT, "fastact.functional", nullptr, sizeof(Function*), nullptr, nullptr, nullptr, nullptr, nullptr};
   const py::object self = py::reinterpret_steal<py::object>(PyModule_Create(&owner));
   *static_cast<Function**>(PyModule_GetState(self.ptr())) = f;
-  f->self = py::reinterpret_steal<py::object>(
-      PyCFunction_NewEx(&f->method, self.ptr(), py::str("fastact.functional").ptr()));
+  f->self = py::reinterpret_steal<py::object>(PyCFunction_NewEx(&f->method, self.ptr(), py::str("fastact.functional").ptr()));
   return f->self;
 }
 

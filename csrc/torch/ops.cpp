@@ -124,9 +124,8 @@ void run(Forward kernel, const Tensor& x, const Tensor& y, const double* paramet
   const int64_t size = x.element_size();
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(y.mutable_data_ptr());
-  parallel_elements(x.numel(), [&](int64_t begin, int64_t end) {
-    kernel(from + begin * size, to + begin * size, end - begin, parameters);
-  });
+  parallel_elements(
+      x.numel(), [&](int64_t begin, int64_t end) { kernel(from + begin * size, to + begin * size, end - begin, parameters); });
 }
 
 template <class... P>

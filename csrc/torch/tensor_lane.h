@@ -89,7 +89,8 @@ inline TensorLane min(const TensorLane& a, const TensorLane& b) { return select(
 inline TensorLane fma(const TensorLane& a, const TensorLane& b, const TensorLane& c) { return a * b + c; }
 inline TensorLane abs(const TensorLane& x) { return {{x.value.tensor.abs()}, x.tangent * Term{x.value.tensor.sign()}}; }
 inline TensorLane copysign(const TensorLane& x, const TensorLane& s) {
-  return {{at::copysign(x.value.tensor, s.value.tensor)}, x.tangent * Term{at::sign(x.value.tensor) * at::sign(s.value.tensor)}};
+  return {{at::copysign(x.value.tensor, s.value.tensor)},
+          x.tangent * Term{at::sign(x.value.tensor) * at::sign(s.value.tensor)}};
 }
 inline TensorLane exp_nonpositive(const TensorLane& x) {
   const Term e{x.value.tensor.exp()};

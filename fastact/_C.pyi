@@ -1,0 +1,19 @@
+"""The compiled half of fastact: csrc/torch/module.cpp."""
+
+from collections.abc import Callable
+from typing import Any
+
+def make_function(
+    name: str,
+    reference: Callable[..., Any],
+    arguments: list[str],
+    defaults: list[float],
+    inplace: bool,
+    doc: str,
+    warn: Callable[[int | None, int], int],
+) -> Any: ...
+def rows() -> list[tuple[str, str, tuple[str, ...]]]: ...
+def saves_input(name: str, parameters: list[float]) -> bool: ...
+def build_info() -> dict[str, Any]: ...
+def use_isa(level: str) -> bool: ...
+def parallel_threads() -> int: ...
