@@ -24,7 +24,7 @@ struct Sigmoid : SavesOutput {
   FASTACT_FN explicit Sigmoid(const double*) {}
   FASTACT_FN V forward(V x) const {
     const V normal(Constants<typename ElementOf<V>::type>::exp_normal);
-    const V e = exp_nonpositive(-abs(x));
+    const V e = exp_beside_one(copysign(x, V(-1)));
     const V d = e / (1 + e);
     const V y = select(x > V(0), 1 - d, select(e < V(0.5), fma(-e, d, e), d));
     return any_less(x, normal) ? select(x < normal, exp_subnormal(x), y) : y;
@@ -58,7 +58,7 @@ struct Tanh : SavesOutput {
   FASTACT_FN V forward(V x) const {
     using C = Constants<typename ElementOf<V>::type>;
     const V a = abs(x);
-    const V e = exp_nonpositive(-2 * a);
+    const V e = exp_beside_one(-2 * a);
     const V large = 1 - (e + e) / (1 + e);
     const V small = fma(a, (a * a) * C::tanh_tail(a * a), a);
     return copysign(select(a > V(0.625), large, small), x);

@@ -173,14 +173,20 @@ FASTACT_FN V exp_reduced(V r) {
   return 1 + fma(r * C::exp_tail(r), r, r);
 }
 
+/// e^x for x <= 0 where it only counts beside 1: not less than the smallest normal number.
+template <class V>
+FASTACT_FN V exp_beside_one(V x) {
+  using C = Constants<typename ElementOf<V>::type>;
+  // The bound comes first, so that NaN passes.
+  const Reduced<V> a(max(V(C::exp_normal), x));
+  return scale2(exp_reduced(a.r), a.n);
+}
+
 /// e^x for x <= 0. Max error 1.1 ULP; 0 where e^x is subnormal (x < -87.3365 in float, -708.396 in double); NaN for NaN.
 /// Subnormal numbers are left out because an operation that makes or takes one is some hundred times slower on x86.
 template <class V>
 FASTACT_FN V exp_nonpositive(V x) {
-  using C = Constants<typename ElementOf<V>::type>;
-  // The bound comes first, so that NaN passes.
-  const Reduced<V> a(max(V(C::exp_normal), x));
-  return select(x < V(C::exp_normal), V(0), scale2(exp_reduced(a.r), a.n));
+  return select(x < V(Constants<typename ElementOf<V>::type>::exp_normal), V(0), exp_beside_one(x));
 }
 
 /// e^x for x < exp_normal, where it is subnormal or 0: rounded correctly but for the error of exp_reduced, and without an
