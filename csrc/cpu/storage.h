@@ -77,12 +77,15 @@ struct Format<float> {
 template <>
 struct Format<BFloat16> {
   FASTACT_FN static Float unpack(Narrow bits) { return Float((Float::Raw)(widen(bits) << 16)); }
-  FASTACT_FN static Narrow pack(Float v) {
+  FASTACT_FN static Narrow pack(Float v) { return narrow(rounded(v, any_nan(v, v)) >> 16); }
+
+  /// The rounded number in the high half of each lane; the low half is anything.
+  FASTACT_FN static Wide rounded(Float v, bool nan) {
     const Wide u = (Wide)v.raw;
-    // Adding just under half of the last kept bit, and that bit itself, rounds to nearest even.
-    const Wide rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    const Wide nan = (u >> 16) | 0x7fc0;
-    return narrow((u & 0x7fffffff) > 0x7f800000 ? nan : rounded);
+    // Adding just under half of the last kept bit, and that bit itself, rounds to nearest even; but it may carry a NaN over.
+    const Wide even = u + (((u >> 16) & 1) + 0x7fff);
+    if (!nan) return even;
+    return (u & 0x7fffffff) > 0x7f800000 ? u | 0x7fc00000 : even;
   }
 };
 
@@ -195,6 +198,38 @@ template <class S>
 FASTACT_FN void store_part(S* p, int n, LaneOf<S> v) {
   store_words(p, n, Format<S>::pack(v));
 }
+
+/// As many neighbours as are fastest together, for loops that do not mind their order.
+template <class S>
+struct Group {
+  using V = LaneOf<S>;
+  static constexpr int vectors = 1, elements = V::lanes;
+  V v[vectors];
+
+  FASTACT_FN explicit Group(const S* p) : v{load(p)} {}
+  FASTACT_FN void write(S* p) const { store(p, v[0]); }
+};
+
+/// bfloat16 is the high half of a float: of a pair in 32 bits, one is in place and the other a shift away. No shuffle is needed
+/// to take a vector of pairs apart, nor to put it together.
+template <>
+struct Group<BFloat16> {
+  static constexpr int vectors = 2, elements = 2 * Float::lanes;
+  Float v[vectors];
+
+  FASTACT_FN explicit Group(const BFloat16* p) {
+    Wide pairs;
+    __builtin_memcpy(&pairs, p, sizeof pairs);
+    v[0] = Float((Float::Raw)(pairs << 16));
+    v[1] = Float((Float::Raw)(pairs & 0xffff0000));
+  }
+  FASTACT_FN void write(BFloat16* p) const {
+    const bool nan = any_nan(v[0], v[1]);
+    const Wide low = Format<BFloat16>::rounded(v[0], nan), high = Format<BFloat16>::rounded(v[1], nan);
+    const Wide pairs = (low >> 16) | (high & 0xffff0000);
+    __builtin_memcpy(p, &pairs, sizeof pairs);
+  }
+};
 
 /// Likewise for any n up to the number of lanes.
 template <class S>

@@ -79,6 +79,7 @@ FASTACT_FN Float scale2(Float x, Float n) { return Float(_mm512_scalef_ps(x.raw,
 FASTACT_FN Double scale2(Double x, Double n) { return Double(_mm512_scalef_pd(x.raw, n.raw)); }
 FASTACT_FN bool any_less(Float a, Float b) { return _mm512_cmp_ps_mask(a.raw, b.raw, _CMP_LT_OQ); }
 FASTACT_FN bool any_less(Double a, Double b) { return _mm512_cmp_pd_mask(a.raw, b.raw, _CMP_LT_OQ); }
+FASTACT_FN bool any_nan(Float a, Float b) { return _mm512_cmp_ps_mask(a.raw, b.raw, _CMP_UNORD_Q); }
 
 #else
 
@@ -94,6 +95,7 @@ FASTACT_FN Float min(Float a, Float b) { return Float(_mm256_min_ps(a.raw, b.raw
 FASTACT_FN Double min(Double a, Double b) { return Double(_mm256_min_pd(a.raw, b.raw)); }
 FASTACT_FN bool any_less(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.raw, b.raw, _CMP_LT_OQ)); }
 FASTACT_FN bool any_less(Double a, Double b) { return _mm256_movemask_pd(_mm256_cmp_pd(a.raw, b.raw, _CMP_LT_OQ)); }
+FASTACT_FN bool any_nan(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.raw, b.raw, _CMP_UNORD_Q)); }
 
 #else
 
@@ -110,11 +112,17 @@ FASTACT_FN Float min(Float a, Float b) { return Float(_mm_min_ps(a.raw, b.raw));
 FASTACT_FN Double min(Double a, Double b) { return Double(_mm_min_pd(a.raw, b.raw)); }
 FASTACT_FN bool any_less(Float a, Float b) { return _mm_movemask_ps(_mm_cmplt_ps(a.raw, b.raw)); }
 FASTACT_FN bool any_less(Double a, Double b) { return _mm_movemask_pd(_mm_cmplt_pd(a.raw, b.raw)); }
+FASTACT_FN bool any_nan(Float a, Float b) { return _mm_movemask_ps(_mm_cmpunord_ps(a.raw, b.raw)); }
 #else
 template <class T, int N>
 FASTACT_FN bool any_less(Lanes<T, N> a, Lanes<T, N> b) {
   typename BitsOf<T>::Signed any = 0;
   for (int l = 0; l < N; ++l) any |= (a < b).bits[l];
+  return any;
+}
+FASTACT_FN bool any_nan(Float a, Float b) {
+  bool any = false;
+  for (int l = 0; l < Float::lanes; ++l) any |= a.raw[l] != a.raw[l] || b.raw[l] != b.raw[l];
   return any;
 }
 template <class T, int N>
