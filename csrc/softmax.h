@@ -18,7 +18,7 @@ namespace FASTACT_NAMESPACE {
 namespace {
 
 constexpr int kSumLanes = 16;
-constexpr int kSumBlock = 64 * kSumLanes;
+constexpr int kSumBlock = 8 * kSumLanes;
 
 template <class V>
 struct Softmax {

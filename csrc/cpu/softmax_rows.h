@@ -10,8 +10,9 @@ namespace fastact {
 namespace FASTACT_NAMESPACE {
 namespace {
 
-/// The longest row that goes through tiles. Beyond it the sums across a vector cost less than the transpositions.
-constexpr int kShortRow = 64;
+/// The longest rows that go through tiles, which cost one transposition forward for each tensor, and backward two and one:
+/// beyond them the sums across a vector cost less. Measured by the lengths where both ways take the same time.
+constexpr int kShortRow = 32, kShortRowBackward = 16;
 
 /// Bytes of terms kept on the stack, for 16-bit rows, whose terms must not be rounded before they are scaled.
 constexpr int kScratch = 16384;
@@ -53,6 +54,24 @@ struct LaneSum {
   }
 };
 
+/// Lane l of the result is lane l xor `distance` of v.
+template <int distance, class T, int N>
+FASTACT_FN Lanes<T, N> exchange(Lanes<T, N> v) {
+  typename Lanes<T, N>::Bits index;
+#pragma GCC unroll 16
+  for (int l = 0; l < N; ++l) index[l] = l ^ distance;
+  return Lanes<T, N>(__builtin_shuffle(v.raw, index));
+}
+
+/// Combines all lanes as a tree, the far halves first; every lane of the result holds the whole.
+template <int distance, class V, class Combine>
+FASTACT_FN V across(V v, Combine combine) {
+  if constexpr (distance > 0)
+    return across<distance / 2>(combine(v, exchange<distance>(v)), combine);
+  else
+    return v;
+}
+
 /// A vector along one row: kSumLanes neighbours are added to the partial sums at a time.
 template <class V>
 struct RowSum {
@@ -60,36 +79,40 @@ struct RowSum {
   static constexpr int vectors = kSumLanes / V::lanes;
   V partial[vectors];
   double total = 0;
+  bool first = true;
 
   FASTACT_FN RowSum() { clear(); }
   FASTACT_FN void clear() {
     for (int k = 0; k < vectors; ++k) partial[k] = V(0);
   }
-  FASTACT_FN T tree() const {
-    T p[kSumLanes];
-    for (int k = 0; k < vectors; ++k) store(p + k * V::lanes, partial[k]);
-#pragma GCC unroll 16
-    for (int w = kSumLanes / 2; w > 0; w /= 2)
-      for (int l = 0; l < w; ++l) p[l] = p[l] + p[l + w];
-    return p[0];
+  FASTACT_FN V tree() {
+#pragma GCC unroll 4
+    for (int w = vectors / 2; w > 0; w /= 2)
+#pragma GCC unroll 4
+      for (int k = 0; k < w; ++k) partial[k] = partial[k] + partial[k + w];
+    return across<V::lanes / 2>(partial[0], [](V a, V b) __attribute__((always_inline)) { return a + b; });
   }
+  /// Between blocks; the last block ends in result().
   FASTACT_FN void end_block() {
-    total += double(tree());
+    const double block = double(tree().raw[0]);
+    total = first ? block : total + block;
+    first = false;
     clear();
+  }
+  FASTACT_FN V result() {
+    if (first) return tree();
+    end_block();
+    return V(double(T(total)));
   }
 };
 
+/// The largest lane, in every lane.
 template <class V>
-FASTACT_FN typename V::Element largest(V v) {
-  using T = typename V::Element;
-  T p[V::lanes];
-  store(p, v);
-  for (int w = V::lanes / 2; w > 0; w /= 2)
-    for (int l = 0; l < w; ++l) p[l] = max(p[l], p[l + w]);
-  return p[0];
+FASTACT_FN V largest(V v) {
+  return across<V::lanes / 2>(v, [](V a, V b) __attribute__((always_inline)) { return max(a, b); });
 }
 
-/// Calls body(i, k, count) for the row's vectors in order: `count` elements from i, for partial sum k, and end_block() between
+/// Calls body(i, k, count) for the row's vectors in order, `count` elements from i for partial sum k, and end_block() between
 /// blocks.
 template <class V, class Body, class EndBlock>
 FASTACT_FN void along(int64_t n, Body body, EndBlock end_block) {
@@ -105,7 +128,7 @@ FASTACT_FN void along(int64_t n, Body body, EndBlock end_block) {
       const int64_t from = i + k * N, count = end - from;
       if (count > 0) body(from, k, count < N ? int(count) : N);
     }
-    end_block();
+    if (end < n) end_block();
   }
 }
 
@@ -128,7 +151,7 @@ void long_row(const S* x, S* y, int64_t n) {
     const int count = n - i < N ? int(n - i) : N;
     maxima[0] = max(load_some(x + i, count, V(-kInfinity)), maxima[0]);
   }
-  const V maximum(largest(max(max(maxima[0], maxima[1]), max(maxima[2], maxima[3]))));
+  const V maximum = largest(max(max(maxima[0], maxima[1]), max(maxima[2], maxima[3])));
 
   // The terms wait for their scale in y itself where it can hold them, else in a buffer, else they are computed again.
   constexpr bool in_place = sizeof(S) == sizeof(T);
@@ -145,7 +168,7 @@ void long_row(const S* x, S* y, int64_t n) {
         sum.partial[k] = sum.partial[k] + e;
       },
       [&]() __attribute__((always_inline)) { sum.end_block(); });
-  const V inverse(V(1) / V(T(sum.total)));
+  const V inverse = 1 / sum.result();
 
   for (i = 0; i < n; i += N) {
     const int count = n - i < N ? int(n - i) : N;
@@ -166,7 +189,7 @@ void long_row_backward(const S* dy, const S* y, S* dx, int64_t n) {
         sum.partial[k] = Softmax<V>::product(load_some(dy + at, count, V(0)), load_some(y + at, count, V(0)), sum.partial[k]);
       },
       [&]() __attribute__((always_inline)) { sum.end_block(); });
-  const V dot = V(T(sum.total));
+  const V dot = sum.result();
   for (int64_t i = 0; i < n; i += N) {
     const int count = n - i < N ? int(n - i) : N;
     store_some(dx + i, count, Softmax<V>::backward(load_some(dy + i, count, V(0)), load_some(y + i, count, V(0)), dot));
@@ -388,7 +411,7 @@ void columns_backward(const S* dy, const S* y, S* dx, int64_t n, int64_t inner, 
 
 /// Calls, for the units [begin, end): short(at, rows), long_(at) or columns(at, width), with `at` the offset of the first
 /// element.
-template <class V, class Short, class Long, class Column>
+template <class V, int longest_short, class Short, class Long, class Column>
 FASTACT_FN void each_unit(SoftmaxShape s, int64_t begin, int64_t end, Short short_, Long long_, Column column) {
   if (s.inner > 1) {
     const int64_t chunks = softmax_units(s) / s.outer;
@@ -397,7 +420,7 @@ FASTACT_FN void each_unit(SoftmaxShape s, int64_t begin, int64_t end, Short shor
       column(unit / chunks * s.length * s.inner + first,
              int(s.inner - first < kSoftmaxColumns ? s.inner - first : kSoftmaxColumns));
     }
-  } else if (s.length <= kShortRow) {
+  } else if (s.length <= longest_short) {
     for (int64_t row = begin; row < end; row += V::lanes)
       short_(row * s.length, int(end - row < V::lanes ? end - row : V::lanes));
   } else {
@@ -409,7 +432,7 @@ template <class S>
 void softmax_forward(const void* x_, void* y_, SoftmaxShape s, int64_t begin, int64_t end) {
   const S* x = static_cast<const S*>(x_);
   S* y = static_cast<S*>(y_);
-  each_unit<LaneOf<S>>(
+  each_unit<LaneOf<S>, kShortRow>(
       s, begin, end, [=](int64_t at, int rows) { short_rows(x + at, y + at, int(s.length), rows); },
       [=](int64_t at) { long_row(x + at, y + at, s.length); },
       [=](int64_t at, int width) { columns(x + at, y + at, s.length, s.inner, width); });
@@ -420,7 +443,7 @@ void softmax_backward(const void* dy_, const void* y_, void* dx_, SoftmaxShape s
   const S* dy = static_cast<const S*>(dy_);
   const S* y = static_cast<const S*>(y_);
   S* dx = static_cast<S*>(dx_);
-  each_unit<LaneOf<S>>(
+  each_unit<LaneOf<S>, kShortRowBackward>(
       s, begin, end, [=](int64_t at, int rows) { short_rows_backward(dy + at, y + at, dx + at, int(s.length), rows); },
       [=](int64_t at) { long_row_backward(dy + at, y + at, dx + at, s.length); },
       [=](int64_t at, int width) { columns_backward(dy + at, y + at, dx + at, s.length, s.inner, width); });
