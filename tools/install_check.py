@@ -8,6 +8,7 @@ because there is none, is checked up to the request for it by tests/test_packagi
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -28,7 +29,8 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 
 
 def environment(folder: Path) -> Path:
-    """A virtual environment with the packages of the running one, but fastact and its build tools."""
+    """A new virtual environment with the packages of the running one, but fastact and its build tools."""
+    shutil.rmtree(folder, ignore_errors=True)
     run(sys.executable, "-m", "venv", folder)
     python = folder / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['platlib'])").strip())
@@ -40,7 +42,7 @@ def environment(folder: Path) -> Path:
 
 
 def source(folder: Path) -> Path:
-    """The tracked files of the checkout, and its objects, so that each way does not compile everything again."""
+    """The tracked files of the checkout."""
     for name in run("git", "ls-files", "-z").split("\0"):
         if name and (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -56,8 +58,9 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as temporary:
         checkout = source(Path(temporary) / "checkout")
-        for number, (name, arguments) in enumerate(ways.items()):
-            python = environment(Path(temporary) / f"env{number}")
+        for name, arguments in ways.items():
+            # At the same place each time, so that the objects of the first build serve the others.
+            python = environment(Path(temporary) / "environment")
             if "--no-build-isolation" in arguments:
                 run(python, "-m", "pip", "install", "--quiet", "setuptools>=77", "ninja")
             start = time.perf_counter()

@@ -1,0 +1,51 @@
+"""The documents say what is there: generated blocks are current, links lead somewhere, snippets run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def test_generated_blocks_are_current() -> None:
+    made = subprocess.run([sys.executable, ROOT / "tools" / "readme.py", "--check"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)\)", document.read_text()):
+        assert target.startswith("https://") or (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_snippets_run(document: Path) -> None:
+    for snippet in re.findall(r"```python\n(.*?)```", document.read_text(), re.S):
+        exec(compile(snippet, document.name, "exec"), {})
+
+
+def test_every_file_of_the_design_exists() -> None:
+    """docs/design.md names the files of the house; a name without a folder belongs to the folder of the one before it."""
+    folder = ""
+    for cell in re.findall(r"^\| (`.+?`) \|", (ROOT / "docs" / "design.md").read_text(), re.M):
+        for name in re.findall(r"`([^`]+)`", cell):
+            folder = name.rstrip("/").rpartition("/")[0] or folder
+            path = ROOT / (name if "/" in name.rstrip("/") else f"{folder}/{name}")
+            assert path.exists(), path
+
+
+def test_contributing_shows_what_was_done() -> None:
+    """Every line that the diff adds stands in the file it names (formatters may have broken long ones)."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    diff = text[text.index("```diff") : text.index("```", text.index("```diff") + 3)]
+    files = set(re.findall(r"^\+\+\+ b/(\S+)", diff, re.M))
+    assert len(files) == 2
+    present = "".join("".join((ROOT / name).read_text().split()) for name in files).replace("\\", "")
+    for line in re.findall(r"^\+(?!\+\+)(.*)$", diff, re.M):
+        assert "".join(line.split()).replace("\\", "") in present, line

@@ -1,0 +1,89 @@
+"""Writes the generated blocks of the documents: the table of activations from the rows, the tables of speed from a benchmark run.
+
+    python tools/readme.py             writes them
+    python tools/readme.py --check     exits 1 if a document does not hold what this would write
+
+A block stands between `<!-- name -->` and `<!-- end name -->`. Speeds come from benchmarks/results/cpu.json, which
+`python -m fastact.bench --json benchmarks/results/cpu.json --plot benchmarks/results/cpu.png` writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from pathlib import Path
+
+from fastact import _registry
+from fastact.bench.report import Report
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+
+# A small, a middle and a large tensor: one call, one cache, and memory.
+SHOWN = {"64": "64", "100,000": "100,000", "33,554,432": "33 million"}
+
+
+def sentence(doc: str, word: str) -> str:
+    """What follows `word:` in a docstring, up to the end of the sentence."""
+    match = re.search(rf"{word}: (.+?)\.(?:\s|$)", doc, re.S)
+    return re.sub(r"\s+", " ", match[1]) if match else ""
+
+
+def activations() -> str:
+    lines = ["| function | module | formula | gradient | saved | error |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in _registry.rows.values():
+        doc = inspect.getdoc(row.function) or ""
+        formula = re.split(r",? (?:elementwise|along)", doc, maxsplit=1)[0]
+        gradient = sentence(doc, "Gradient").partition(", at most")[0]
+        saved = sentence(doc, "Saved").partition(",")[0].replace("the output; for", "output; for") or "output"
+        error = "none" if row.ulp == 0 else f"{row.ulp:g} ULP" if row.ulp else "see docstring"
+        cells = [f"`{row.name}{inspect.signature(row.function)}`", f"`{row.class_name}`", formula, gradient, saved, error]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def speeds() -> str:
+    report = Report.load(RESULTS)
+    dtypes = ["float32", "bfloat16"]
+    ratios = {(row.op, row.label, row.dtype, row.direction): row.ratio_eager for row in report.rows}
+    elementwise = list(_registry.elementwise)
+    lines = [f"{report.title()}. Torch's median time over fastact's in one run: forward / backward.", ""]
+    lines += ["| elements | dtype | " + " | ".join(elementwise) + " |", "| --- | --- |" + " --- |" * len(elementwise)]
+    for label, shown in SHOWN.items():
+        for dtype in dtypes:
+            cells = [pair(ratios, op, label, dtype) for op in elementwise]
+            lines.append(f"| {shown} | {dtype} | " + " | ".join(cells) + " |")
+    lines += ["", "| softmax | shape, dim | " + " | ".join(dtypes) + " |", "| --- | --- | --- | --- |"]
+    for row in report.rows:
+        if row.op == "softmax" and row.dtype == dtypes[0] and row.direction == "forward":
+            cells = [pair(ratios, "softmax", row.label, dtype) for dtype in dtypes]
+            lines.append(f"| {row.label} | {tuple(row.shape)}, {row.dim} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def pair(ratios: dict[tuple[str, str, str, str], float], op: str, label: str, dtype: str) -> str:
+    return " / ".join(f"{ratios[op, label, dtype, direction]:.1f}" for direction in ("forward", "backward"))
+
+
+BLOCKS = {"activations": activations, "speeds": speeds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    path = ROOT / "README.md"
+    text = new = path.read_text()
+    for name, make in BLOCKS.items():
+        block = f"<!-- {name} -->\n{make()}\n<!-- end {name} -->"
+        new = re.sub(rf"<!-- {name} -->.*<!-- end {name} -->", lambda _, block=block: block, new, flags=re.S)
+    if check and new != text:
+        sys.exit(f"{path.name} is not what tools/readme.py writes: run it")
+    if not check:
+        path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
