@@ -7,6 +7,7 @@ quicker to call, because their autograd is in C++. Arguments after x may be left
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
@@ -18,25 +19,26 @@ from fastact import _registry, activations  # noqa: F401  (activations fills the
 def _make(row: _registry.Row) -> type[torch.autograd.Function]:
     defaults = tuple(row.parameters.values())
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
-            ctx.parameters = parameters + defaults[len(parameters) :]
-            ctx.inputs = 1 + len(parameters)
-            y = row.op(x, *ctx.parameters)
-            ctx.save_for_backward(x if defaults and row.saves_input(*ctx.parameters) else y)
-            return y
+    def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
+        ctx.parameters = parameters + defaults[len(parameters) :]
+        ctx.inputs = 1 + len(parameters)
+        y = row.op(x, *ctx.parameters)
+        ctx.save_for_backward(x if defaults and row.saves_input(*ctx.parameters) else y)
+        return y
 
-        @staticmethod
-        def backward(ctx: Any, dy: Tensor) -> Any:
-            (saved,) = ctx.saved_tensors
-            return row.backward_op(dy, saved, *ctx.parameters), *[None] * (ctx.inputs - 1)
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (saved,) = ctx.saved_tensors
+        return row.backward_op(dy, saved, *ctx.parameters), *[None] * (ctx.inputs - 1)
 
-    Function.__name__ = Function.__qualname__ = row.class_name
-    Function.__module__ = __name__
     names = ", ".join(["x", *(f"{name}={default}" for name, default in row.parameters.items())])
-    Function.__doc__ = f"`{row.class_name}.apply({names})`: see `fastact.{row.name}`."
-    return Function
+    members = {
+        "__module__": __name__,
+        "__doc__": f"`{row.class_name}.apply({names})`: see `fastact.{row.name}`.",
+        "forward": staticmethod(forward),
+        "backward": staticmethod(backward),
+    }
+    # Made by its metaclass under its own name, which the nodes of the graph take from it.
+    return types.new_class(row.class_name, (torch.autograd.Function,), exec_body=lambda namespace: namespace.update(members))
 
 
 _functions = {row.class_name: _make(row) for row in _registry.rows.values()}

@@ -225,7 +225,8 @@ struct InplaceAutograd {
       inplace_op<P...>(row).redispatch(keys & c10::after_autograd_keyset, x, p...);
     }
     if (node) torch::autograd::rebase_history(x, node);
-    if (tangent.defined()) x._set_fw_grad(call.backward(tangent, x._fw_primal(0)), 0, true);
+    // The tangent is modified in place too: others may hold it.
+    if (tangent.defined()) x._set_fw_grad(tangent.copy_(call.backward(tangent, x._fw_primal(0))), 0, true);
     if (node) {
       node->input_lost = call.saves_input();
       node->saved = SavedVariable(x, true, x.is_view());
@@ -237,11 +238,13 @@ template <class... P>
 struct InplaceVersion {
   int row;
   void operator()(c10::DispatchKeySet keys, const Tensor& x, P... p) const {
+    // An inference tensor has no version: outside inference mode it is refused here, before anything is written.
+    if (x.is_inference()) torch::autograd::increment_version(x);
     {
       at::AutoDispatchBelowADInplaceOrView guard;
       inplace_op<P...>(row).redispatch(keys & c10::after_ADInplaceOrView_keyset, x, p...);
     }
-    torch::autograd::increment_version(x);
+    if (!x.is_inference()) torch::autograd::increment_version(x);
   }
 };
 

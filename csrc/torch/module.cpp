@@ -10,7 +10,10 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/version.h>
 
+#include <cmath>
+#include <limits>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <thread>
 
@@ -96,7 +99,7 @@ PyObject* call_python(const Function& f, py::handle callable, PyObject** bound) 
 /// Whether a tensor subclass or a mode wants to see the call before us.
 bool has_torch_function(PyObject* x) {
   if (at::impl::torch_function_mode_enabled()) return true;
-  if (THPVariable_CheckExact(x)) return false;
+  if (THPVariable_CheckExact(x) || PyType_Check(x)) return false;
   return py::module_::import("torch.overrides").attr("has_torch_function_unary")(py::handle(x)).cast<bool>();
 }
 
@@ -109,6 +112,21 @@ PyObject* call_torch_function(const Function& f, PyObject** bound) {
   return handler(f.self, py::make_tuple(x), x, **keywords).release().ptr();
 }
 
+/// A Python number as a parameter of the kernel for x; empty where torch has to say what becomes of it: of tensors, complex
+/// numbers, and what does not fit.
+std::optional<double> parameter(PyObject* value, const Tensor& x) {
+  if (!PyFloat_Check(value) && !PyLong_Check(value)) return {};
+  if (PyLong_Check(value)) {
+    int overflow = 0;
+    PyLong_AsLongLongAndOverflow(value, &overflow);
+    if (overflow) return {};
+  }
+  const double number = PyFloat_AsDouble(value);
+  const bool fits =
+      x.scalar_type() == at::kDouble || !std::isfinite(number) || std::abs(number) <= std::numeric_limits<float>::max();
+  return fits ? std::optional<double>(number) : std::nullopt;
+}
+
 PyObject* call_row(const Function& f, PyObject** bound, const Tensor& x) {
   double parameters[kMaxParameters] = {};
   const size_t arity = f.defaults.size();
@@ -116,14 +134,10 @@ PyObject* call_row(const Function& f, PyObject** bound, const Tensor& x) {
     PyObject* value = bound[k + 1];
     parameters[k] = f.defaults[k];
     if (!value) continue;
-    if (PyFloat_Check(value) || PyLong_Check(value)) {
-      parameters[k] = PyFloat_AsDouble(value);
-      if (parameters[k] == -1.0 && PyErr_Occurred()) throw python_error();
-    } else if (PyNumber_Check(value)) {
-      return call_python(f, f.reference, bound);  // a tensor, a complex number ...: as torch takes it
-    } else {
-      bad_type(f, k + 1, "Number", value);
-    }
+    if (!PyNumber_Check(value)) bad_type(f, k + 1, "Number", value);
+    const std::optional<double> number = parameter(value, x);
+    if (!number) return call_python(f, f.reference, bound);
+    parameters[k] = *number;
   }
   bool inplace = false;
   if (f.inplace && bound[arity + 1]) {
@@ -144,21 +158,25 @@ PyObject* call_row(const Function& f, PyObject** bound, const Tensor& x) {
 }
 
 PyObject* call_softmax(const Function& f, PyObject** bound, const Tensor& given) {
-  PyObject *dim_ = bound[1], *dtype = bound[2];
-  if (dtype && dtype != Py_None && !THPDtype_Check(dtype)) bad_type(f, 2, "torch.dtype", dtype);
-  Tensor x = given;
-  if (dtype && dtype != Py_None) x = x.to(reinterpret_cast<THPDtype*>(dtype)->scalar_type);
-  if (!has_kernel(x)) return call_python(f, f.reference, bound);
+  PyObject* dim_ = bound[1] && bound[1] != Py_None ? bound[1] : nullptr;
+  PyObject* dtype = bound[2] && bound[2] != Py_None ? bound[2] : nullptr;
+  if (dtype && !THPDtype_Check(dtype)) {
+    if (PyType_Check(dtype)) return call_python(f, f.reference, bound);  // Python's float, as torch takes it
+    bad_type(f, 2, "torch.dtype", dtype);
+  }
+  if (dim_ && (PyBool_Check(dim_) || !PyIndex_Check(dim_))) bad_type(f, 1, "int", dim_);
+  const Tensor x = dtype ? given.to(reinterpret_cast<THPDtype*>(dtype)->scalar_type) : given;
+  if (!has_kernel(x) || (dim_ && THPVariable_Check(dim_))) return call_python(f, f.reference, bound);
 
   int64_t dim;
-  if (!dim_ || dim_ == Py_None) {
-    dim = f.warn(py::none(), x.dim()).cast<int64_t>();
-  } else {
-    if (PyBool_Check(dim_) || THPVariable_Check(dim_) || !PyIndex_Check(dim_)) bad_type(f, 1, "int", dim_);
+  if (dim_) {
     const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(dim_));
     if (!index) throw python_error();
-    dim = PyLong_AsLongLong(index.ptr());
-    if (dim == -1 && PyErr_Occurred()) throw python_error();
+    int overflow = 0;
+    dim = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+    if (overflow) return call_python(f, f.reference, bound);
+  } else {
+    dim = f.warn(py::none(), x.dim()).cast<int64_t>();
   }
   static bool warned = false;
   const int64_t rank = x.dim();
