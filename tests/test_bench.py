@@ -175,7 +175,7 @@ def test_compare_measures_against_an_old_file(report_file, capsys):
 
 
 def test_plot_from_a_file(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install 'fastact[bench]'")
     rows = list(measure(make_cases(op_names(), ["float32"], quick=True), "cpu", 0.0))
     Report(environment("cpu", []), rows).save(tmp_path / "report.json")
 

@@ -1,0 +1,590 @@
+"""Softmax against its formula in a wider type; one sum order in every layout; torch's dim and dtype."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import BEST_ISA, DTYPES
+from torch import Tensor
+
+import fastact
+
+COLUMNS = 64  # kSoftmaxColumns: columns of one unit of work
+SUM_LANES, SUM_BLOCK = 16, 128  # of the sum order in softmax.h
+
+softmax = torch.ops.fastact.softmax
+softmax_backward = torch.ops.fastact.softmax_backward
+
+INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+UNIT = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.bfloat16: 2.0**-24,
+    torch.float16: 2.0**-24,
+}  # of the compute type
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: None) -> None:
+    """Unless a test asks for more: most inputs are small, and on a busy machine threads wait for one another."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_element_warning_said() -> None:
+    """It comes once per process: before the tests, so that none of them meets it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fastact.softmax(torch.zeros(1), 0)
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.contiguous().view(INTEGER[t.dtype.itemsize])
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    wrong = bits(actual) != bits(expected)
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first at {at}: "
+            f"expected {expected[at].item()!r}, got {actual[at].item()!r}"
+        )
+
+
+# ---- The reference and its bounds ------------------------------------------------------------------------------------
+
+# float64 is judged in the processor's extended type, all else in float64.
+EXTENDED = np.longdouble
+Array = np.ndarray
+
+
+def widened(t: Tensor) -> Array:
+    wide = t.detach().double().numpy()
+    return wide.astype(EXTENDED) if t.dtype == torch.float64 else wide
+
+
+def needs_extended(dtype: torch.dtype) -> None:
+    if dtype == torch.float64 and np.finfo(EXTENDED).nmant < 60:
+        pytest.skip("no floating-point type here is wider than float64, so that nothing can judge it")
+
+
+def exact_softmax(x: Array) -> tuple[Array, Array, Array]:
+    """For rows in the last dim: y, |x - max| (0 where x is -inf and y is 0), and its mean weighted by y."""
+    distance = x.max(-1, keepdims=True) - x
+    term = np.exp(-distance)
+    y = term / term.sum(-1, keepdims=True)
+    distance = np.where(np.isinf(distance), 0, distance)
+    return y, distance, (y * distance).sum(-1, keepdims=True)
+
+
+def additions(n: int, dtype: torch.dtype) -> int:
+    """How many roundings an element meets on its way into the sum: its lane's partial sum, the tree, the total's rounding."""
+    lane = min(-(-n // SUM_LANES), SUM_BLOCK // SUM_LANES) - 1
+    blocks = -(-n // SUM_BLOCK) if dtype == torch.float64 else 0  # the total is kept in double: exact enough for float
+    return lane + int(math.log2(SUM_LANES)) + 1 + blocks
+
+
+def rounding(value: Array, dtype: torch.dtype) -> Array:
+    """Half the distance of neighbours of `dtype` at a value: the error of one rounding."""
+    info = torch.finfo(dtype)
+    exponent = np.frexp(np.maximum(np.abs(value), info.tiny).astype(np.float64))[1] - 1
+    return np.ldexp(info.eps / 2, exponent)
+
+
+def forward_bound(y: Array, distance: Array, mean_distance: Array, dtype: torch.dtype) -> Array:
+    """What a result may be off.
+
+    Rounding x - max is a relative error of |x - max| units in the term; so it is in each term of the sum, where terms count
+    by their weight. 8 units more are for two exponentials (2.2 each), the reciprocal and the product, and one for every
+    addition, as if all had the same sign. A term below the smallest normal number may count as 0, and a subnormal result is off
+    by up to one unit of that range. A 16-bit type then rounds once more, so that its result is the neighbour of the exact value
+    on one side or the other.
+    """
+    u = UNIT[dtype]
+    n = y.shape[-1]
+    smallest_normal = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).smallest_normal
+    bound = y * u * (distance + 8 + mean_distance + additions(n, dtype)) + 2 * (smallest_normal * 2 * u)
+    bound = np.where(distance * (1 + 4 * u) > -math.log(smallest_normal), y + bound, bound)
+    if dtype.itemsize == 2:
+        bound = bound + rounding(y + bound, dtype)
+    return bound
+
+
+def backward_bound(dy: Array, y: Array, dtype: torch.dtype) -> tuple[Array, Array]:
+    """The gradient and what it may be off.
+
+    The sum of dy y rounds each product and each addition, in proportion to the magnitudes; the difference and the product with
+    y round once each. 16-bit types round once more, at the end.
+    """
+    u = UNIT[dtype]
+    dot = (dy * y).sum(-1, keepdims=True)
+    dx = y * (dy - dot)
+    sum_error = (np.abs(dy * y)).sum(-1, keepdims=True) * u * (additions(y.shape[-1], dtype) + 2)
+    smallest = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).smallest_normal * 2 * u
+    # 1.001: the roundings of roundings.
+    bound = 1.001 * np.abs(y) * (sum_error + 2 * u * np.abs(dy - dot)) + (2 + y.shape[-1]) * smallest
+    if dtype.itemsize == 2:
+        bound = bound + rounding(np.abs(dx) + bound, dtype)
+    return dx, bound
+
+
+def check(actual: Tensor, expected: Array, bound: Array, x: Array, what: str) -> None:
+    error = np.abs(widened(actual) - expected)
+    wrong = ~(error <= bound)
+    if wrong.any():
+        at = np.unravel_index(np.argmax(np.where(wrong, error / bound, 0)), wrong.shape)
+        raise AssertionError(
+            f"{what}: {wrong.sum()} of {wrong.size} beyond the bound, worst at {tuple(map(int, at))}: x = {x[at]!r}, "
+            f"expected {expected[at]!r}, got {actual[tuple(map(int, at))].item()!r}, off by {error[at] / bound[at]:.3g} bounds"
+        )
+
+
+def normal(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * 3
+
+
+def spread(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float64) * 1e4 - 5e3
+
+
+def narrow(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """All terms count: where sums of many go wrong."""
+    return torch.rand(shape, generator=generator, dtype=torch.float64) / 8
+
+
+def constant(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return torch.randn((*shape[:-1], 1), generator=generator, dtype=torch.float64).expand(shape)
+
+
+def leader(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """One element above many equal ones, whose additions all round the same way."""
+    x = torch.zeros(shape, dtype=torch.float64) - torch.rand((*shape[:-1], 1), generator=generator, dtype=torch.float64) * 3
+    x[..., 0] = 0
+    return x
+
+
+def offset(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """1e7, or the largest power of ten that float16 has."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + (1e4 if dtype == torch.float16 else 1e7)
+
+
+def masked(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """A third of them -inf, but not the first."""
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    mask = torch.rand(shape, generator=generator) < 1 / 3
+    mask[..., 0] = False
+    return x.masked_fill(mask, -math.inf)
+
+
+def subnormal(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Of the dtype, of both signs, one in four larger."""
+    tiny = torch.finfo(dtype).tiny
+    x = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * tiny
+    return torch.where(torch.rand(shape, generator=generator) < 0.25, torch.randn(shape, generator=generator).double(), x)
+
+
+PROFILES = [normal, spread, narrow, constant, leader, offset, masked, subnormal]
+ROWS = 3
+SHORT = list(range(1, 301))
+LONG = [511, 512, 513, 1000, 1023, 1024, 1025, 2047, 2049, 4095, 4097, 8193, 30576, 131073]
+
+
+@functools.cache
+def cases(profile: Callable[..., Tensor], lengths: str, dtype: torch.dtype, seed: int) -> list[tuple[Tensor, Array, Array]]:
+    """For every length: x, y, and the bound; made once for all instruction sets."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for n in SHORT if lengths == "short" else LONG:
+        x = profile((ROWS if n < 5000 else 1, n), dtype, generator).to(dtype).contiguous()
+        y, *rest = exact_softmax(widened(x))
+        result.append((x, y, forward_bound(y, *rest, dtype)))
+    return result
+
+
+@pytest.mark.parametrize("lengths", ["short", "long"])
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda f: f.__name__)
+def test_forward(
+    profile: Callable[..., Tensor], lengths: str, dtype: torch.dtype, isa: str, generator: torch.Generator
+) -> None:
+    needs_extended(dtype)
+    for x, y, bound in cases(profile, lengths, dtype, generator.initial_seed()):
+        what = f"softmax {dtype} {isa} {profile.__name__}, {len(x)} rows of {x.shape[1]}"
+        check(softmax(x, 1), y, bound, x, what)
+
+
+# The reciprocal and the total round once each (1.2e-7 together), and the roundings of the results hardly add up: the rest is
+# for the sums within a block, so that it does not grow with the length.
+SUM_TOLERANCE = 4e-7
+
+
+@pytest.mark.parametrize("lengths", ["short", "long"])
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda f: f.__name__)
+def test_row_sums(profile: Callable[..., Tensor], lengths: str, isa: str, generator: torch.Generator) -> None:
+    for x, *_ in cases(profile, lengths, torch.float32, generator.initial_seed()):
+        error = (softmax(x, 1).double().sum(1) - 1).abs().max()
+        what = f"softmax float32 {isa} {profile.__name__}, {len(x)} rows of {x.shape[1]}"
+        assert error <= SUM_TOLERANCE, f"{what}: sum is off by {error:.2e}"
+
+
+@pytest.mark.parametrize("n", [10, 64, 65, 300, 1000, 1024, 4096])
+def test_row_sums_of_equal_elements(n: int, isa: str) -> None:
+    """One element above many equal ones: all additions to a partial sum round by the same bits of the same number."""
+    c = torch.linspace(0.001, 3, 1000)
+    x = (-c[:, None]).repeat(1, n)
+    x[:, 0] = 0
+    error = (softmax(x, 1).double().sum(1) - 1).abs()
+    worst = int(error.argmax())
+    assert error[worst] <= SUM_TOLERANCE, (
+        f"softmax float32 {isa}, 0 and {n - 1} times {-c[worst]}: sum is off by {error[worst]:.2e}"
+    )
+
+
+@pytest.mark.parametrize("lengths", ["short", "long"])
+def test_backward(lengths: str, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+    """From the saved y, rounded as it is, and dy: what an exact backward would make of them."""
+    needs_extended(dtype)
+    for profile in [normal, narrow, spread]:
+        for x, *_ in cases(profile, lengths, dtype, generator.initial_seed()):
+            y = softmax(x, 1)
+            scale = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64)[: len(x), None]
+            dy = (torch.randn(x.shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+            dx, bound = backward_bound(widened(dy), widened(y), dtype)
+            what = f"softmax gradient {dtype} {isa} {profile.__name__}, {len(x)} rows of {x.shape[1]}"
+            check(softmax_backward(dy, y, 1), dx, bound, widened(dy), what)
+            leaf = x.clone().requires_grad_()
+            check(torch.autograd.grad(fastact.softmax(leaf, 1), leaf, dy)[0], dx, bound, widened(dy), f"{what}, autograd")
+
+
+@pytest.mark.parametrize("n", [2, 5, 10, 65, 1030])
+def test_inner_sizes(n: int, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+    """Rows that are columns in memory, in the first dim, the middle and, with a size-1 dim, before the last."""
+    needs_extended(dtype)
+    inner_sizes = range(1, 131) if n < 100 else [1, 2, 7, COLUMNS - 1, COLUMNS, COLUMNS + 1, 130]
+    for inner in inner_sizes:
+        x = (torch.randn((2, n, inner), generator=generator, dtype=torch.float64) * 3).to(dtype)
+        y, *rest = exact_softmax(np.moveaxis(widened(x), 1, 2))
+        y, bound = (np.moveaxis(a, 2, 1) for a in (y, forward_bound(y, *rest, dtype)))
+        what = f"softmax {dtype} {isa}, {n} rows of inner size {inner}"
+        check(softmax(x, 1), y, bound, x, f"{what}, dim 1")
+        check(softmax(x, -2), y, bound, x, f"{what}, dim -2")
+        check(softmax(x[0], 0), y[0], bound[0], x[0], f"{what}, dim 0")
+        check(softmax(x[0], -2), y[0], bound[0], x[0], f"{what}, dim -2 of 2")
+        check(softmax(x[1, :, None], 0), y[1, :, None], bound[1, :, None], x[1, :, None], f"{what}, dim 0 of 3")
+
+        saved = softmax(x, 1)
+        dy = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)
+        dx, bound = (np.moveaxis(a, 2, 1) for a in backward_bound(*(np.moveaxis(widened(t), 1, 2) for t in (dy, saved)), dtype))
+        check(softmax_backward(dy, saved, 1), dx, bound, widened(dy), f"{what}, gradient")
+
+
+# Worked out by hand; the third by e^1, e^2, e^3 over their sum, to 17 digits.
+LITERAL = [
+    ([0.0, math.log(2), math.log(3)], [1 / 6, 1 / 3, 1 / 2]),
+    ([math.log(8), 0.0], [8 / 9, 1 / 9]),
+    ([1.0, 2.0, 3.0], [0.09003057317038046, 0.24472847105479764, 0.6652409557748219]),
+    ([0.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]),
+    ([-1000.0, -1000.0 + math.log(4)], [1 / 5, 4 / 5]),
+    ([math.log(k) for k in range(1, 101)], [k / 5050 for k in range(1, 101)]),
+]
+
+
+@pytest.mark.parametrize("k", range(len(LITERAL)))
+def test_literal_rows(k: int, isa: str) -> None:
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in LITERAL[k])
+    # The rounding of the inputs, whose largest is 1000, and of a few steps.
+    tolerance = 2.0**-53 * (x.abs().max() + 20)
+    error = ((fastact.softmax(x, 0) - y) / y).abs().max()
+    assert error <= tolerance, f"{LITERAL[k][0][:4]}: off by {error}, {isa}"
+    single = fastact.softmax(x.float(), 0).double()
+    assert ((single - y) / y).abs().max() <= 2.0**-24 * (x.abs().max() + 20)
+
+
+def test_literal_gradient(isa: str) -> None:
+    """y = (1/6, 1/3, 1/2) and dy = (1, 0, 0): dx_j = y_j (dy_j - 1/6)."""
+    x = torch.tensor(LITERAL[0][0], dtype=torch.float64, requires_grad=True)
+    (dx,) = torch.autograd.grad(fastact.softmax(x, 0)[0], x)
+    # A few roundings of numbers below 1.
+    assert (dx - torch.tensor([5 / 36, -1 / 18, -1 / 12], dtype=torch.float64)).abs().max() <= 1e-15
+
+
+# ---- Properties ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [3, 10, 64, 65, 300, 1500])
+def test_shift_invariance(n: int, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+    """Bit for bit where the shift is exact: multiples of 1/4 up to 8 keep their bits when 2^k is added to them."""
+    x = torch.randint(0, 33, (5, n), generator=generator).to(dtype) / 4
+    for c in (8.0, -8.0, 16.0, -16.0, -1.0, 0.25):
+        shifted = x + c
+        assert torch.equal(shifted.double() - c, x.double())
+        assert_same_bits(softmax(shifted, 1), softmax(x, 1), f"softmax {dtype} {isa}, rows of {n} shifted by {c}")
+        columns = softmax(shifted.t().contiguous(), 0).t()
+        assert_same_bits(columns, softmax(x, 1), f"softmax {dtype} {isa}, columns of {n} shifted by {c}")
+
+
+@pytest.mark.parametrize("n", [3, 10, 64, 65, 300, 1500])
+def test_permutation(n: int, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+    """A permuted row is the permuted result, but for the order of the additions and for what rounds after them."""
+    x = normal((5, n), dtype, generator).to(dtype)
+    order = torch.randperm(n, generator=generator)
+    y, permuted = softmax(x, 1)[:, order].double(), softmax(x[:, order], 1).double()
+    unit = UNIT[dtype] * (2 * additions(n, dtype) + 4)
+    bound = y * (unit + (torch.finfo(dtype).eps if dtype.itemsize == 2 else 0)) + torch.finfo(dtype).smallest_normal * 2.0**-7
+    wrong = (permuted - y).abs() > bound
+    assert not wrong.any(), f"softmax {dtype} {isa}, rows of {n}: {int(wrong.sum())} elements depend on the order"
+
+
+# ---- One result in every layout --------------------------------------------------------------------------------------
+
+
+def layouts(rows: Tensor) -> Iterator[tuple[str, Tensor, int, Callable[[Tensor], Tensor]]]:
+    """The rows of a matrix as another tensor, the dim they lie in, and how to find them in a result of its shape."""
+    count, n = rows.shape
+    yield "first dim", rows.t().contiguous(), 0, lambda y: y.t()
+    yield "transposed", rows.t().contiguous().t(), 1, lambda y: y
+    yield "middle dim", torch.stack([rows.t(), rows.t().flip(1)]), 1, lambda y: y[0].t()
+    yield "middle dim, second", torch.stack([rows.t().flip(1), rows.t()]), 1, lambda y: y[1].t()
+    wide = torch.full((count + 2, n + 3), math.nan, dtype=rows.dtype)
+    wide[1:-1, 1:-2] = rows
+    yield "padded slice", wide[1:-1, 1:-2], 1, lambda y: y
+    yield "padded rows", wide[1:-1, 1:-2].t(), 0, lambda y: y.t()
+    yield "every other", torch.stack([rows, rows * math.nan], -1)[..., 0], 1, lambda y: y
+    aligned = torch.full((count * n + 1,), math.nan, dtype=rows.dtype)
+    aligned[1:] = rows.flatten()
+    yield "at an offset", aligned[1:].view(count, n), 1, lambda y: y
+    order = torch.arange(count - 1, -1, -1)
+    yield "other order", rows[order], 1, lambda y: y[order]
+    yield "other order, columns", rows[order].t().contiguous(), 0, lambda y: y.t()[order]
+    yield "3-D", rows[:, None], 2, lambda y: y[:, 0]
+    yield "inner dim of 1", rows[:, :, None], 1, lambda y: y[:, :, 0]
+    # channels_last: a picture of count pixels, n channels; stored as rows.
+    yield (
+        "channels_last",
+        rows.t().reshape(1, n, count, 1).contiguous(memory_format=torch.channels_last),
+        1,
+        (lambda y: y[0, :, :, 0].t()),
+    )
+    yield "channels first", rows.t().reshape(1, n, count, 1).contiguous(), 1, lambda y: y[0, :, :, 0].t()
+
+
+# Around vectors, tiles and the blocks of the sum; then around the buffer that keeps the terms of 16-bit rows.
+LAYOUT_LENGTHS = [*range(1, 35), 48, *range(62, 68), 80, 100, 127, 128, 129, 144, 255, 256, 257, 300]
+LAYOUT_LONG = [1000, 1023, 1024, 1025, 1040, 2047, 2048, 2049, 4095, 4096, 4097, 5000]
+
+
+def check_layouts(x: Tensor, dy: Tensor, what: str) -> None:
+    y = softmax(x, 1)
+    dx = softmax_backward(dy, y, 1)
+    for (name, view, dim, back), (_, dy_view, _, _), (_, y_view, _, _) in zip(layouts(x), layouts(dy), layouts(y), strict=True):
+        assert_same_bits(back(softmax(view, dim)), y, f"{what}, {name}")
+        assert_same_bits(back(softmax_backward(dy_view, y_view, dim)), dx, f"{what}, {name}, gradient")
+
+
+def test_same_rows_in_every_layout(dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+    """softmax.h defines one order of the sums, so that where a row lies cannot be seen in its result."""
+    for n in [*LAYOUT_LENGTHS, *LAYOUT_LONG]:
+        for count in [COLUMNS + 3, 5] if n <= 300 else [5]:
+            # Gradients of all sizes and signs: no sum of them is right by chance.
+            x, dy = (normal((count, n), dtype, generator).to(dtype) for _ in range(2))
+            check_layouts(x, dy, f"softmax {dtype} {isa}, {count} rows of {n}")
+
+
+def test_same_zeros_in_every_layout(dtype: torch.dtype, isa: str) -> None:
+    """Products that vanish below zero leave sums of -0.0, and 0 - (-0.0) has another sign than 0 - 0.0."""
+    tiny = torch.tensor(1, dtype=INTEGER[dtype.itemsize]).view(dtype)
+    for n in (32, 40, 64, 70, 100, 128, 1000, 1024, 1030, 2048):
+        y = torch.full((3, n), 1 / 1024, dtype=dtype)
+        dy = torch.full((3, n), -0.0, dtype=dtype)
+        dy[:, torch.arange(n) // SUM_LANES % 4 == 0] = -tiny  # in every partial sum of every block
+        dx = softmax_backward(dy, y, 1)
+        what = f"softmax gradient {dtype} {isa}, 3 rows of {n}"
+        for (name, dy_view, dim, back), (_, y_view, _, _) in zip(layouts(dy), layouts(y), strict=True):
+            assert_same_bits(back(softmax_backward(dy_view, y_view, dim)), dx, f"{what}, {name}")
+
+
+def test_number_of_rows(dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+    """Any number of rows at a time gives what each gives alone."""
+    for n in (1, 2, 7, 10, 16, 17, 33, 64, 65, 100, 1025):
+        x, dy = (normal((40, n), dtype, generator).to(dtype) for _ in range(2))
+        y = torch.stack([softmax(row, 0) for row in x])
+        dx = torch.stack([softmax_backward(*pair, 0) for pair in zip(dy, y, strict=True)])
+        for count in [*range(1, 20), 31, 32, 33, 40]:
+            for start in (0, 40 - count):
+                part = slice(start, start + count)
+                what = f"softmax {dtype} {isa}, rows {start} to {start + count} of {n}"
+                assert_same_bits(softmax(x[part], 1), y[part], what)
+                assert_same_bits(softmax_backward(dy[part], y[part], 1), dx[part], f"{what}, gradient")
+        assert_same_bits(softmax(x.t().contiguous()[:, 3:36], 0).t(), y[3:36], f"softmax {dtype} {isa}, columns 3 to 36 of {n}")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [
+        ((9001, 10), 1),  # short rows, in tiles
+        ((1531, 64), 1),
+        ((1009, 101), 1),  # long rows
+        ((5, 20011), 1),  # rows longer than a thread's least share
+        ((3, 21, 37, 41), 1),  # columns
+        ((2000, 51), 0),
+        ((40, 50, 51), 1),
+        ((1, 100003), 0),  # rows of one element
+    ],
+    ids=str,
+)
+def test_threads(shape: tuple[int, ...], dim: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+    x, dy = (normal(shape, dtype, generator).to(dtype) for _ in range(2))
+    y = softmax(x, dim)
+    dx = softmax_backward(dy, y, dim)
+    assert x.numel() > 2 * 32768
+    # Rows and layouts of their own, as one thread sees them.
+    for at in (0, shape[1 - dim] // 2, shape[1 - dim] - 1) if len(shape) == 2 else ():
+        assert_same_bits(y.select(1 - dim, at), softmax(x.select(1 - dim, at).clone(), 0), f"softmax {dtype} {shape}, row {at}")
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        what = f"softmax {dtype} {shape}, dim {dim}, {count} threads"
+        assert_same_bits(softmax(x, dim), y, what)
+        assert_same_bits(softmax_backward(dy, y, dim), dx, f"{what}, gradient")
+        flipped = x.transpose(0, -1).contiguous().transpose(0, -1)
+        assert_same_bits(softmax(flipped, dim), y, f"{what}, transposed in memory")
+
+
+def test_expanded_gradients(dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+    """A dy of stride 0 is that of a sum or a mean."""
+    for shape, dim in [((7, 10), 1), ((7, 100), 1), ((10, 67), 0), ((2, 21, 5, 7), 1)]:
+        y = softmax(normal(shape, dtype, generator).to(dtype), dim)
+        number = torch.tensor(1.7, dtype=dtype)
+        along = normal((shape[-1],), dtype, generator).to(dtype)
+        for name, dy in [
+            ("a number", number.expand(shape)),
+            ("a row", along.expand(shape)),
+            ("a column", y[..., :1].expand(shape)),
+        ]:
+            what = f"softmax gradient {dtype} {isa} {shape}, dy is {name}"
+            assert_same_bits(softmax_backward(dy, y, dim), softmax_backward(dy.contiguous(), y, dim), what)
+            permuted = y.transpose(0, 1).contiguous().transpose(0, 1)
+            assert_same_bits(
+                softmax_backward(dy, permuted, dim), softmax_backward(dy.contiguous(), y, dim), f"{what}, y transposed"
+            )
+
+
+# ---- dim -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", range(5))
+def test_implicit_dim(rank: int, generator: torch.Generator) -> None:
+    """Torch's choice, with torch's warning, at the line of the caller."""
+    x = torch.randn((2, 3, 4, 5)[:rank], generator=generator)
+    with pytest.warns(UserWarning, match="Implicit dimension choice") as theirs:
+        expected = F.softmax(x)
+    calls = [lambda: fastact.softmax(x), lambda: fastact.softmax(x, None), lambda: fastact.softmax(x, dim=None)]
+    for call in calls:
+        with pytest.warns(UserWarning, match="Implicit dimension choice") as ours:
+            y = call()
+        assert [str(w.message) for w in ours] == [str(w.message) for w in theirs]
+        assert ours[0].filename == __file__
+        assert ours[0].lineno == inspect.getsourcelines(call)[1]
+        # Over the wrong dim they would differ in the first digit: the tolerance is that of float32.
+        torch.testing.assert_close(y, expected)
+
+
+def test_one_element_warning(tmp_path: Path) -> None:
+    """Once per process, whatever the filters: it names the trap and what to use."""
+    program = """
+        import warnings
+        import torch, fastact
+        x = torch.tensor([[3.0], [-2.0]], requires_grad=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fastact.softmax(torch.zeros(2, 3), 1), fastact.softmax(torch.tensor(1.0), 0)
+            assert not caught, "a dimension of more than one element, or none"
+            y = fastact.softmax(x, 1)  # this line
+            fastact.softmax(x, 1)
+            fastact.softmax(torch.zeros(1), 0)
+            fastact.Softmax(dim=-1)(x)
+        y.backward(torch.tensor([[5.0], [7.0]]))
+        print(*[w.category.__name__ for w in caught])
+        print(*[w.message for w in caught])
+        print(*[open(w.filename).read().splitlines()[w.lineno - 1] for w in caught])
+        print(y.tolist(), x.grad.tolist())
+    """
+    # From a file, so that a warning finds its line.
+    path = tmp_path / "program.py"
+    path.write_text(inspect.cleandoc(program))
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "UserWarning"
+    for words in ("one element", "dim 1", "always 1", "gradient always 0", "sigmoid"):
+        assert words in lines[1]
+    assert lines[2].endswith("# this line")
+    assert lines[3] == "[[1.0], [1.0]] [[0.0], [0.0]]"
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4), (2, 3, 4, 5), (3, 0), (0,)], ids=str)
+def test_dim_out_of_range(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The exception and the words of torch."""
+    x = torch.zeros(shape, dtype=dtype)
+    rank = max(len(shape), 1)
+    for dim in (rank, -rank - 1, 100, -100, 2**62, 2**63 - 1, -(2**63)):
+        with pytest.raises(IndexError) as theirs:
+            torch.softmax(x, dim)
+        for call in (fastact.softmax, softmax, lambda x, dim: softmax_backward(x, x, dim)):
+            with pytest.raises(IndexError) as ours:
+                call(x, dim)
+            assert str(ours.value).partition("\n")[0] == str(theirs.value).partition("\n")[0]
+        with pytest.raises(IndexError):
+            fastact.softmax(x.to("meta"), dim)
+
+
+# ---- dtype -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_dtype_argument(wanted: torch.dtype, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """x is cast first; its gradient comes back in its own dtype."""
+    x = normal((4, 9), dtype, generator).to(dtype).requires_grad_()
+    dy = normal((4, 9), wanted, generator).to(wanted)
+    for call in [
+        lambda f, x: f(x, 1, dtype=wanted),
+        lambda f, x: f(x, dim=1, dtype=wanted),
+        lambda f, x: f(x, -1, dtype=wanted),
+    ]:
+        y, plain = call(fastact.softmax, x), call(F.softmax, x)
+        assert y.dtype == plain.dtype == wanted
+        assert_same_bits(y.detach(), softmax(x.detach().to(wanted), 1), f"softmax of {dtype} as {wanted}")
+        (dx,), (plain_dx,) = (torch.autograd.grad(out, x, dy) for out in (y, plain))
+        assert dx.dtype == plain_dx.dtype == dtype
+        expected = softmax_backward(dy, softmax(x.detach().to(wanted), 1), 1).to(dtype)
+        assert_same_bits(dx, expected, f"softmax gradient of {dtype} as {wanted}")
+    assert_same_bits(fastact.softmax(x.detach(), 1, wanted), y.detach(), "by position")
+
+
+@pytest.mark.parametrize("source", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
+def test_dtype_argument_of_integers(source: torch.dtype, dtype: torch.dtype) -> None:
+    x = torch.tensor([[0, 1, 1, 3], [2, 0, 0, 1]]).to(source)
+    y = fastact.softmax(x, 1, dtype=dtype)
+    assert y.dtype == F.softmax(x, 1, dtype=dtype).dtype == dtype
+    assert_same_bits(y, softmax(x.to(dtype), 1), f"softmax of {source} as {dtype}")
+
+
+def test_dtype_none_is_that_of_x(dtype: torch.dtype) -> None:
+    assert fastact.softmax(torch.zeros(3, dtype=dtype), 0, dtype=None).dtype == dtype
+    assert fastact.softmax(torch.zeros(3, dtype=dtype), 0, None).dtype == dtype
+
+
+def test_best_isa_is_in_use() -> None:
+    """So that tests without that axis test what users get."""
+    assert fastact.build_info()["isa"] == BEST_ISA
