@@ -70,12 +70,11 @@ struct Tanh : SavesOutput {
 /// scale / (1 + exp(-slope x)).
 template <class V>
 struct ScaledSigmoid : SavesOutput {
-  V scale, slope, slope_over_scale;
-  FASTACT_FN explicit ScaledSigmoid(const double* p)
-      : scale(p[0]), slope(p[1]), slope_over_scale(p[0] == 0 ? 0 : p[1] / p[0]) {}
+  V scale, slope, inverse_scale;
+  FASTACT_FN explicit ScaledSigmoid(const double* p) : scale(p[0]), slope(p[1]), inverse_scale(p[0] == 0 ? 0 : 1 / p[0]) {}
   FASTACT_FN V forward(V x) const { return scale * Sigmoid<V>(nullptr).forward(slope * x); }
   // dy slope y (1 - y / scale), with the difference taken first, where it is exact.
-  FASTACT_FN V backward(V dy, V y) const { return dy * ((slope_over_scale * y) * (scale - y)); }
+  FASTACT_FN V backward(V dy, V y) const { return dy * ((slope * y) * ((scale - y) * inverse_scale)); }
 };
 
 /// x where x > 0, else alpha (exp(x) - 1). The sign of y tells the branch unless alpha is negative.

@@ -104,20 +104,25 @@ def rounding(value: Array, dtype: torch.dtype) -> Array:
     return np.ldexp(info.eps / 2, exponent)
 
 
+def vanishing_distance(dtype: torch.dtype) -> float:
+    """From here below the maximum, terms may be 0: just before exp(-distance) becomes subnormal."""
+    return 708.396 if dtype == torch.float64 else 87.3365
+
+
 def forward_bound(y: Array, distance: Array, mean_distance: Array, dtype: torch.dtype) -> Array:
     """What a result may be off.
 
     Rounding x - max is a relative error of |x - max| units in the term; so it is in each term of the sum, where terms count
     by their weight. 8 units more are for two exponentials (2.2 each), the reciprocal and the product, and one for every
-    addition, as if all had the same sign. A term below the smallest normal number may count as 0, and a subnormal result is off
-    by up to one unit of that range. A 16-bit type then rounds once more, so that its result is the neighbour of the exact value
+    addition, as if all had the same sign. Terms that vanish count as 0, and a subnormal result is off by up to one unit of
+    that range. A 16-bit type then rounds once more, so that its result is the neighbour of the exact value
     on one side or the other.
     """
     u = UNIT[dtype]
     n = y.shape[-1]
     smallest_normal = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).smallest_normal
     bound = y * u * (distance + 8 + mean_distance + additions(n, dtype)) + 2 * (smallest_normal * 2 * u)
-    bound = np.where(distance * (1 + 4 * u) > -math.log(smallest_normal), y + bound, bound)
+    bound = np.where(distance * (1 + 4 * u) > vanishing_distance(dtype), y + bound, bound)
     if dtype.itemsize == 2:
         bound = bound + rounding(y + bound, dtype)
     return bound
@@ -189,6 +194,13 @@ def masked(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generato
     return x.masked_fill(mask, -math.inf)
 
 
+def vanishing(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """One element, and others at the distance at which terms vanish."""
+    x = -vanishing_distance(dtype) * (1 + 1e-6 * torch.randn(shape, generator=generator, dtype=torch.float64))
+    x[..., 0] = 0
+    return x
+
+
 def subnormal(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Of the dtype, of both signs, one in four larger."""
     tiny = torch.finfo(dtype).tiny
@@ -196,7 +208,7 @@ def subnormal(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gener
     return torch.where(torch.rand(shape, generator=generator) < 0.25, torch.randn(shape, generator=generator).double(), x)
 
 
-PROFILES = [normal, spread, narrow, constant, leader, offset, masked, subnormal]
+PROFILES = [normal, spread, narrow, constant, leader, offset, masked, vanishing, subnormal]
 ROWS = 3
 SHORT = list(range(1, 301))
 LONG = [511, 512, 513, 1000, 1023, 1024, 1025, 2047, 2049, 4095, 4097, 8193, 30576, 131073]

@@ -34,14 +34,10 @@ def op_db() -> list[Any]:
     They are made for torch's own test runs: importing them takes seconds, forbids to change flags of torch.backends, replaces
     two methods and sets environment variables. So this is done late, and what it changes is put back for the tests that follow.
     """
-    changed = [
-        (torch.backends, "__allow_nonbracketed_mutation_flag"),
-        (torch._C.ScriptFunction, "__call__"),
-        (torch._C.ScriptMethod, "__call__"),
-    ]
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ), warnings.catch_warnings():
-        for owner, name in changed:
-            patch.setattr(owner, name, getattr(owner, name))
+        patch.setattr(torch.backends, "disable_global_flags", lambda: None)
+        for replaced in (torch._C.ScriptFunction, torch._C.ScriptMethod):
+            patch.setattr(replaced, "__call__", replaced.__call__)
         warnings.filterwarnings("ignore", "Fail to import hypothesis", ImportWarning)
         from torch.testing._internal.common_methods_invocations import op_db
 

@@ -41,12 +41,13 @@ struct LaneSum {
   FASTACT_FN void end_block() {
     T block[V::lanes];
     store(block, tree());
-    for (int l = 0; l < V::lanes; ++l) total[l] = first ? double(block[l]) : total[l] + double(block[l]);
+    for (int l = 0; l < V::lanes; ++l) total[l] = (first ? 0.0 : total[l]) + double(block[l]);
     first = false;
     clear();
   }
+  /// Adding 0 makes a sum of -0.0 in one layout the same as one with padding in another.
   FASTACT_FN V result() {
-    if (first) return tree();
+    if (first) return tree() + V(0);
     end_block();
     T sum[V::lanes];
     for (int l = 0; l < V::lanes; ++l) sum[l] = T(total[l]);
@@ -95,12 +96,12 @@ struct RowSum {
   /// Between blocks; the last block ends in result().
   FASTACT_FN void end_block() {
     const double block = double(tree().raw[0]);
-    total = first ? block : total + block;
+    total = (first ? 0.0 : total) + block;
     first = false;
     clear();
   }
   FASTACT_FN V result() {
-    if (first) return tree();
+    if (first) return tree() + V(0);
     end_block();
     return V(double(T(total)));
   }
