@@ -83,8 +83,8 @@ class ReLU(nn.ReLU):
 def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """x where x > 0, else negative_slope * x, elementwise: `torch.nn.functional.leaky_relu`.
 
-    Gradient: dy where x > 0, else negative_slope * dy. Saved: the output, whose sign tells the branch; for a negative slope
-    the input. Shape and dtype: those of x. Error: at most {ulp} ULP.
+    Gradient: dy where x > 0, else negative_slope * dy. Saved: the output; for a negative slope the input, because the sign of
+    the output then does not tell the branch. Shape and dtype: those of x. Error: at most {ulp} ULP.
     With `inplace` the result overwrites x; for a negative slope the backward then raises `RuntimeError`: the branch is lost.
     """
     return F.leaky_relu(x, negative_slope, inplace)

@@ -1,4 +1,4 @@
-"""Writes the generated blocks of the documents: the table of activations from the rows, the tables of speed from a benchmark run.
+"""Writes the generated blocks of the README: activations from the rows, speeds from a benchmark run.
 
     python tools/readme.py             writes them
     python tools/readme.py --check     exits 1 if a document does not hold what this would write
