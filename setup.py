@@ -62,7 +62,7 @@ def build_ext_class() -> type:
 def extension() -> Extension:
     # No fast-math of any kind: NaN, infinities and signed zeros are part of what is promised. Contraction is off because
     # formulas say themselves where a fused multiply-add belongs, and results must not depend on where the compiler sees one.
-    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
+    flags = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
     # OpenMP's runtime is torch's own: compiled for it, not linked to a second one.
     flags += [
         "-fopenmp",
