@@ -183,7 +183,7 @@ FASTACT_FN V exp_beside_one(V x) {
 }
 
 /// e^x for x <= 0. Max error 1.1 ULP; 0 where e^x is subnormal (x < -87.3365 in float, -708.396 in double); NaN for NaN.
-/// Subnormal numbers are left out because an operation that makes or takes one is some hundred times slower on x86.
+/// Subnormal numbers are left out because an operation that makes or takes one is many times slower on x86.
 template <class V>
 FASTACT_FN V exp_nonpositive(V x) {
   return select(x < V(Constants<typename ElementOf<V>::type>::exp_normal), V(0), exp_beside_one(x));
