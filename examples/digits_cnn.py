@@ -1,6 +1,6 @@
 """Train one small CNN on handwritten digits twice: with torch.nn activations and with fastact's.
 
-    python examples/digits_cnn.py                                # ReLU, half a minute on two cores
+    python examples/digits_cnn.py                                # ReLU, 100 epochs
     python examples/digits_cnn.py --activation scaled_sigmoid --epochs 30 --output scaled.png
 
 The data are the 1797 real 8x8 images that come with scikit-learn. Both networks start from the same
