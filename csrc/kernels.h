@@ -8,6 +8,13 @@ namespace fastact {
 /// The storage types that have kernels. 16-bit types are computed in float and rounded once.
 enum DType { kFloat64, kFloat32, kBFloat16, kFloat16, kDTypes };
 
+// For tables indexed by DType: a kernel template for each storage type in that order; and the two kernels of a row.
+#define FASTACT_EACH_DTYPE(KERNEL, ...) \
+  {KERNEL<__VA_ARGS__ double>, KERNEL<__VA_ARGS__ float>, KERNEL<__VA_ARGS__ BFloat16>, KERNEL<__VA_ARGS__ Float16>}
+#define FASTACT_COMMA ,
+#define FASTACT_FORWARD(name, Functor, ...) FASTACT_EACH_DTYPE(forward, Functor FASTACT_COMMA),
+#define FASTACT_BACKWARD(name, Functor, ...) FASTACT_EACH_DTYPE(backward, Functor FASTACT_COMMA),
+
 /// The most float parameters a row may have.
 constexpr int kMaxParameters = 2;
 
@@ -57,6 +64,36 @@ struct Kernels {
   SoftmaxForward softmax_forward[kDTypes];
   SoftmaxBackward softmax_backward[kDTypes];
 };
+
+namespace cuda {
+
+/// Where a kernel is to run, and what it depends on how it is launched there.
+struct Queue {
+  void* stream;         // a cudaStream_t of the current device
+  int multiprocessors;  // of that device
+  int capability;       // 10 major + minor: 90 for sm_90
+};
+
+/// As on the CPU, and asynchronous. Every launch returns a cudaError_t: 0 is success. Nothing is launched for nothing to do.
+using Forward = int (*)(const void* x, void* y, int64_t n, const double* parameters, Queue);
+using Backward = int (*)(const void* dy, const void* saved, void* dx, int64_t n, const double* parameters, Queue);
+/// `y`, `dx` and `workspace`, device memory of softmax_workspace() bytes, are aligned to 16.
+using SoftmaxForward = int (*)(const void* x, void* y, SoftmaxShape, void* workspace, Queue);
+using SoftmaxBackward = int (*)(const void* dy, const void* y, void* dx, SoftmaxShape, void* workspace, Queue);
+
+/// Indexed [row][dtype].
+struct Kernels {
+  const Forward (*forward)[kDTypes];
+  const Backward (*backward)[kDTypes];
+  const SoftmaxForward* softmax_forward;
+  const SoftmaxBackward* softmax_backward;
+  int64_t (*softmax_workspace)(DType, SoftmaxShape, bool backward, Queue);
+};
+
+/// Only in a build with CUDA.
+const Kernels& kernels();
+
+}  // namespace cuda
 
 namespace cpu {
 

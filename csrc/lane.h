@@ -58,9 +58,24 @@ FASTACT_FN double copysign(double x, double s) { return __builtin_copysign(x, s)
 FASTACT_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FASTACT_FN double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
-/// x * 2^n for an integral n, where 2^n and the result are normal numbers.
-FASTACT_FN float scale2(float x, float n) { return __builtin_ldexpf(x, int(n)); }
-FASTACT_FN double scale2(double x, double n) { return __builtin_ldexp(x, int(n)); }
+/// x * 2^n for an integral n, where 2^n and the result are normal numbers. Adding 1.5 * 2^(bits of the fraction) leaves n in
+/// the low bits of the sum; from there it goes to the place of the exponent, on top of that of 1.
+FASTACT_FN float scale2(float x, float n) {
+  n += 0x1.8p23f;
+  unsigned bits;
+  __builtin_memcpy(&bits, &n, sizeof bits);
+  bits = (bits << 23) + 0x3f800000u;
+  __builtin_memcpy(&n, &bits, sizeof bits);
+  return x * n;
+}
+FASTACT_FN double scale2(double x, double n) {
+  n += 0x1.8p52;
+  unsigned long long bits;
+  __builtin_memcpy(&bits, &n, sizeof bits);
+  bits = (bits << 52) + 0x3ff0000000000000ull;
+  __builtin_memcpy(&n, &bits, sizeof bits);
+  return x * n;
+}
 
 /// The number whose bit pattern is the difference of those of a and b, taken as integers.
 FASTACT_FN float bits_difference(float a, float b) {

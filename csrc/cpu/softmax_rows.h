@@ -181,7 +181,6 @@ void long_row(const S* x, S* y, int64_t n) {
 template <class S>
 void long_row_backward(const S* dy, const S* y, S* dx, int64_t n) {
   using V = LaneOf<S>;
-  using T = typename V::Element;
   constexpr int N = V::lanes;
   RowSum<V> sum;
   along<V>(
