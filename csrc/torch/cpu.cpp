@@ -1,0 +1,100 @@
+// The ops on the CPU: how work is shared among threads, and the kernels.
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <pthread.h>
+
+#include "device_ops.h"
+
+#ifndef _OPENMP
+#error "at::parallel_for is silently serial unless this file is compiled with -fopenmp"
+#endif
+
+namespace fastact {
+namespace {
+
+// ---- Threads ---------------------------------------------------------------------------------------------------------
+
+// A child made by fork has none of its parent's OpenMP threads, and waiting for them would never end: it computes alone.
+bool forked = false;
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// Elements below which a second thread costs more than it brings (as many as ATen's own grain).
+constexpr int64_t kGrain = 32768;
+// Elementwise work is cut at multiples of this, so that every thread starts on a cache line if the tensor does.
+constexpr int64_t kBlock = 1024;
+
+template <class F>
+void parallel(int64_t n, int64_t grain, const F& f) {
+  if (n <= grain || forked)
+    f(int64_t(0), n);
+  else
+    at::parallel_for(0, n, grain, f);
+}
+
+template <class F>
+void parallel_elements(int64_t n, const F& f) {
+  if (n <= kGrain) return f(int64_t(0), n);
+  parallel((n + kBlock - 1) / kBlock, kGrain / kBlock,
+           [&](int64_t begin, int64_t end) { f(begin * kBlock, std::min(n, end * kBlock)); });
+}
+
+template <class F>
+void parallel_units(const SoftmaxShape& s, const F& f) {
+  const int64_t elements = s.length * std::min(s.inner, kSoftmaxColumns);
+  parallel(softmax_units(s), std::max<int64_t>(1, kGrain / elements), f);
+}
+
+// ---- Kernels ---------------------------------------------------------------------------------------------------------------
+
+struct CPU {
+  struct Guard {
+    explicit Guard(const Tensor&) {}
+  };
+
+  static Tensor empty_as(const Tensor& x) {
+    if (x.is_contiguous()) return Tensor(at::detail::empty_cpu(x.sizes(), x.scalar_type()));
+    return Tensor(at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.scalar_type()));
+  }
+
+  static void forward(int row, DType dtype, const Tensor& x, const Tensor& y, const double* parameters) {
+    const Forward kernel = cpu::kernels().forward[row][dtype];
+    const int64_t size = x.element_size();
+    const char* from = static_cast<const char*>(x.const_data_ptr());
+    char* to = static_cast<char*>(y.mutable_data_ptr());
+    parallel_elements(x.numel(), [&](int64_t begin, int64_t end) {
+      kernel(from + begin * size, to + begin * size, end - begin, parameters);
+    });
+  }
+
+  static void backward(int row, DType dtype, const Tensor& dy, const Tensor& saved, const Tensor& dx,
+                       const double* parameters) {
+    const Backward kernel = cpu::kernels().backward[row][dtype];
+    const int64_t size = dy.element_size();
+    const char* from = static_cast<const char*>(dy.const_data_ptr());
+    const char* kept = static_cast<const char*>(saved.const_data_ptr());
+    char* to = static_cast<char*>(dx.mutable_data_ptr());
+    parallel_elements(dy.numel(), [&](int64_t begin, int64_t end) {
+      kernel(from + begin * size, kept + begin * size, to + begin * size, end - begin, parameters);
+    });
+  }
+
+  static void softmax(DType dtype, const Tensor& x, const Tensor& y, SoftmaxShape shape) {
+    const SoftmaxForward kernel = cpu::kernels().softmax_forward[dtype];
+    const void* from = x.const_data_ptr();
+    void* to = y.mutable_data_ptr();
+    parallel_units(shape, [&](int64_t begin, int64_t end) { kernel(from, to, shape, begin, end); });
+  }
+
+  static void softmax_backward(DType dtype, const Tensor& dy, const Tensor& y, const Tensor& dx, SoftmaxShape shape) {
+    const SoftmaxBackward kernel = cpu::kernels().softmax_backward[dtype];
+    const void* from = dy.const_data_ptr();
+    const void* kept = y.const_data_ptr();
+    void* to = dx.mutable_data_ptr();
+    parallel_units(shape, [&](int64_t begin, int64_t end) { kernel(from, kept, to, shape, begin, end); });
+  }
+};
+
+TORCH_LIBRARY_IMPL(fastact, CPU, m) { On<CPU>::register_all(m); }
+
+}  // namespace
+}  // namespace fastact

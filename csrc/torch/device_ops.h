@@ -1,0 +1,202 @@
+// The ops below autograd, for any device: checks, layout, allocation, registration. A Device says the rest:
+//
+//   struct Device {
+//     struct Guard;                               made of the input, held while an op runs
+//     Tensor empty_as(const Tensor& x);           uninitialised, with the layout of a dense x
+//     void forward(int row, DType, const Tensor& x, const Tensor& y, const double* parameters);
+//     void backward(int row, DType, const Tensor& dy, const Tensor& saved, const Tensor& dx, const double* parameters);
+//     void softmax(DType, const Tensor& x, const Tensor& y, SoftmaxShape);
+//     void softmax_backward(DType, const Tensor& dy, const Tensor& y, const Tensor& dx, SoftmaxShape);
+//   };
+//
+// All are static. The tensors they get are dense and laid out alike; y and dx may be x, dy or the saved tensor. Those of
+// softmax have elements.
+#pragma once
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/WrapDimUtils.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "rows.h"
+
+namespace fastact {
+
+using at::Tensor;
+
+// ---- Checks and layout -----------------------------------------------------------------------------------------------
+
+inline DType dtype_of(const char* op, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kDouble:
+      return kFloat64;
+    case at::kFloat:
+      return kFloat32;
+    case at::kBFloat16:
+      return kBFloat16;
+    case at::kHalf:
+      return kFloat16;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "fastact::", op, " not implemented for '", x.scalar_type(), "'");
+  }
+}
+
+inline void check_backward(const char* op, const Tensor& dy, const Tensor& saved) {
+  TORCH_CHECK(dy.sym_sizes() == saved.sym_sizes(), "fastact::", op, "_backward: dy has shape ", dy.sym_sizes(),
+              " but the saved tensor has shape ", saved.sym_sizes());
+  TORCH_CHECK(dy.scalar_type() == saved.scalar_type(), "fastact::", op, "_backward: dy has dtype ", dy.scalar_type(),
+              " but the saved tensor has dtype ", saved.scalar_type());
+  TORCH_CHECK(dy.device() == saved.device(), "fastact::", op, "_backward: dy is on ", dy.device(),
+              " but the saved tensor is on ", saved.device());
+}
+
+inline bool dense(const Tensor& x) { return x.is_non_overlapping_and_dense(); }
+
+/// Whether the elements of a and b lie in the same order. The stride of a dimension of size 1 means nothing.
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), as = a.strides(), bs = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (as[d] != bs[d] && sizes[d] != 1) return false;
+  return true;
+}
+
+/// The elements of x in the layout of `like`, which is dense or decides, as torch does, what a dense twin of it looks like.
+inline Tensor copy_as(const Tensor& x, const Tensor& like) { return at::empty_like(like).copy_(x); }
+
+/// Inputs of a unary op, brought to one dense layout: reads `in`, writes `out`; they are the same where a copy had to be made.
+template <class Device>
+struct Unary {
+  Tensor in, out;
+  explicit Unary(const Tensor& x) {
+    if (dense(x)) {
+      in = x;
+      out = Device::empty_as(x);
+    } else {
+      in = out = copy_as(x, x);
+    }
+  }
+};
+
+/// The tensor whose layout the gradient gets: dy's where it is dense, as in torch, else the saved tensor's.
+inline const Tensor& leading(const Tensor& dy, const Tensor& saved) { return dense(dy) ? dy : saved; }
+
+template <class Device>
+struct Binary {
+  Tensor dy, saved, out;
+  Binary(const Tensor& dy_, const Tensor& saved_) : dy(dy_), saved(saved_) {
+    if (dense(dy) && same_layout(dy, saved)) {
+      out = Device::empty_as(dy);
+    } else {
+      const Tensor& like = leading(dy_, saved_);
+      if (!dense(saved) || !same_layout(saved, like)) saved = out = copy_as(saved_, like);
+      if (!dense(dy) || !same_layout(dy, saved)) dy = out = copy_as(dy_, saved);
+    }
+  }
+};
+
+// ---- The ops ---------------------------------------------------------------------------------------------------------------
+
+template <class Device, class... P>
+struct ForwardKernel {
+  int row;
+  Tensor operator()(const Tensor& x, P... p) const {
+    const double parameters[] = {p..., 0};
+    const DType dtype = dtype_of(kRows[row].name, x);
+    const typename Device::Guard guard(x);
+    const Unary<Device> t(x);
+    Device::forward(row, dtype, t.in, t.out, parameters);
+    return t.out;
+  }
+};
+
+template <class Device, class... P>
+struct InplaceKernel {
+  int row;
+  void operator()(const Tensor& x, P... p) const {
+    const double parameters[] = {p..., 0};
+    const DType dtype = dtype_of(kRows[row].name, x);
+    at::assert_no_internal_overlap(x);
+    const typename Device::Guard guard(x);
+    if (dense(x)) {
+      Device::forward(row, dtype, x, x, parameters);
+    } else {
+      const Tensor t = copy_as(x, x);
+      Device::forward(row, dtype, t, t, parameters);
+      x.copy_(t);
+    }
+  }
+};
+
+template <class Device, class... P>
+struct BackwardKernel {
+  int row;
+  Tensor operator()(const Tensor& dy, const Tensor& saved, P... p) const {
+    const double parameters[] = {p..., 0};
+    check_backward(kRows[row].name, dy, saved);
+    const DType dtype = dtype_of(kRows[row].name, dy);
+    const typename Device::Guard guard(dy);
+    const Binary<Device> t(dy, saved);
+    Device::backward(row, dtype, t.dy, t.saved, t.out, parameters);
+    return t.out;
+  }
+};
+
+/// The shape that softmax sees: a dense tensor, whatever the order of its dimensions, is (outer, length, inner) in memory.
+inline SoftmaxShape shape_of(const Tensor& x, int64_t dim) {
+  if (x.dim() == 0 || x.size(dim) == 1) return {x.numel(), 1, 1};
+  const int64_t length = x.size(dim), inner = x.stride(dim);
+  return {x.numel() / (length * inner), length, inner};
+}
+
+template <class Device>
+Tensor softmax(const Tensor& x, int64_t dim) {
+  dim = at::maybe_wrap_dim(dim, x.dim());
+  const DType dtype = dtype_of("softmax", x);
+  const typename Device::Guard guard(x);
+  const Unary<Device> t(x);
+  if (x.numel() > 0) Device::softmax(dtype, t.in, t.out, shape_of(t.in, dim));
+  return t.out;
+}
+
+template <class Device>
+Tensor softmax_backward(const Tensor& dy, const Tensor& y, int64_t dim) {
+  dim = at::maybe_wrap_dim(dim, y.dim());
+  check_backward("softmax", dy, y);
+  const DType dtype = dtype_of("softmax", dy);
+  const typename Device::Guard guard(dy);
+  const Binary<Device> t(dy, y);
+  if (y.numel() > 0) Device::softmax_backward(dtype, t.dy, t.saved, t.out, shape_of(t.out, dim));
+  return t.out;
+}
+
+// ---- Registration ----------------------------------------------------------------------------------------------------------
+
+/// The kernels of all rows for one dispatch key: three functors made of a row's number, each for any parameters P.
+template <template <class...> class Forward, template <class...> class Inplace, template <class...> class Backward>
+void register_rows(torch::Library& m) {
+  for (int row = 0; row < kRowCount; ++row)
+    with_arity(kRows[row].arity(), [&]<class... P>() {
+      const std::string name = kRows[row].name;
+      m.impl(name.c_str(), Forward<P...>{row});
+      m.impl((name + "_").c_str(), Inplace<P...>{row});
+      m.impl((name + "_backward").c_str(), Backward<P...>{row});
+    });
+}
+
+template <class Device>
+struct On {
+  template <class... P>
+  using Forward = ForwardKernel<Device, P...>;
+  template <class... P>
+  using Inplace = InplaceKernel<Device, P...>;
+  template <class... P>
+  using Backward = BackwardKernel<Device, P...>;
+
+  static void register_all(torch::Library& m) {
+    register_rows<Forward, Inplace, Backward>(m);
+    m.impl("softmax", softmax<Device>);
+    m.impl("softmax_backward", softmax_backward<Device>);
+  }
+};
+
+}  // namespace fastact
