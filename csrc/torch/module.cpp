@@ -52,6 +52,23 @@ struct Function {
   static constexpr int kSoftmax = -1;
 };
 
+#ifdef FASTACT_CUDA
+constexpr bool kBuiltWithCuda = true;
+#else
+constexpr bool kBuiltWithCuda = false;
+#endif
+
+/// Once a process: why calls with CUDA tensors are no faster than torch's.
+void warn_of_missing_cuda() {
+  static bool warned = false;
+  if (warned) return;
+  warned = true;
+  const char* text =
+      "fastact was built without CUDA, so CUDA tensors get torch's own operators; fastact.build_info() says why. "
+      "(This is said once.)";
+  if (PyErr_WarnEx(PyExc_UserWarning, text, 1) < 0) throw python_error();
+}
+
 bool has_kernel(const Tensor& x) {
   switch (x.scalar_type()) {
     case at::kDouble:
@@ -62,7 +79,9 @@ bool has_kernel(const Tensor& x) {
     default:
       return false;
   }
-  return (x.is_cpu() || x.is_meta()) && x.layout() == at::kStrided && !x.is_nested();
+  if (x.layout() != at::kStrided || x.is_nested()) return false;
+  if (x.is_cuda() && !kBuiltWithCuda) warn_of_missing_cuda();
+  return x.is_cpu() || x.is_meta() || (x.is_cuda() && kBuiltWithCuda);
 }
 
 [[noreturn]] void bad_type(const Function& f, size_t position, const char* expected, PyObject* value) {

@@ -1,0 +1,151 @@
+// What the CUDA kernels ask of the machine and a plain C++ compiler does not know: each behind one named function, so that the
+// rest of this folder is compiled by nvcc for a GPU, and by any C++ compiler with tests/cuda_shim, which runs it on the CPU.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#else
+#include "cuda_shim.h"
+#endif
+
+#include "../kernels.h"
+#include "../lane.h"
+
+namespace fastact {
+namespace FASTACT_NAMESPACE {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+/// The shape of a launch: `blocks` blocks of `threads` threads, `cluster` neighbouring blocks at a time sharing their shared
+/// memory (1: none), each block with `shared` bytes of it.
+struct Grid {
+  int64_t blocks;
+  int threads;
+  int cluster = 1;
+  int shared = 0;
+};
+
+#if defined(__CUDACC__)
+
+/// Sixteen bytes, and their moves to and from an address aligned to 16: one instruction, where the compiler may make several
+/// of a plain assignment.
+using Words = uint4;
+__device__ __forceinline__ Words load_words(const void* p) { return __ldca(static_cast<const Words*>(p)); }
+__device__ __forceinline__ void store_words(void* p, Words words) { __stwb(static_cast<Words*>(p), words); }
+
+/// Nothing, but that the compiler takes the words for new ones: what it had made of them before need not stay in registers.
+__device__ __forceinline__ void renew(Words& w) { asm volatile("" : "+r"(w.x), "+r"(w.y), "+r"(w.z), "+r"(w.w)); }
+
+/// The block's shared memory, as much as the launch asked for; aligned to 16 bytes.
+__device__ __forceinline__ void* shared_memory() {
+  extern __shared__ uint4 fastact_shared[];
+  return fastact_shared;
+}
+
+/// 2^x, max relative error about 2^-22; subnormal results are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// 1 / x, within 1 ULP, for normal x with a normal result.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// Two floats rounded to nearest even, as bfloat16 or float16 bit patterns: `low` in the low half.
+__device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+__device__ __forceinline__ uint32_t pack_float16(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+__device__ __forceinline__ float unpack_float16(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+
+/// Where in its cluster a block is; and what holds every thread of the cluster until all have come, with all they wrote to
+/// shared memory visible to all. Only in launches with a cluster, which need sm_90.
+__device__ __forceinline__ int cluster_rank() {
+  unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return int(rank);
+}
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+/// The same place in the shared memory of the block of that rank.
+template <class T>
+__device__ __forceinline__ T* cluster_peer(T* place, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t peer;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(reinterpret_cast<uint64_t>(place)), "r"(rank));
+  return reinterpret_cast<T*>(peer);
+#else
+  return place;
+#endif
+}
+
+/// The launch; returns its cudaError_t.
+template <class... P, class... A>
+int launch(void (*kernel)(P...), Grid grid, cuda::Queue queue, A... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(grid.blocks));
+  config.blockDim = dim3(unsigned(grid.threads));
+  config.dynamicSmemBytes = size_t(grid.shared);
+  config.stream = static_cast<cudaStream_t>(queue.stream);
+  cudaLaunchAttribute attribute[1];
+  attribute[0].id = cudaLaunchAttributeClusterDimension;
+  attribute[0].val.clusterDim = {unsigned(grid.cluster), 1, 1};
+  config.attrs = attribute;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, P(arguments)...);
+}
+
+/// Whether the device can hold such a cluster at all: a part of a GPU may be too small.
+template <class... P>
+bool fits(void (*kernel)(P...), Grid grid) {
+  // Clusters of more than 8 blocks are allowed only to kernels that ask.
+  if (grid.cluster > 8 && cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(grid.cluster));
+  config.blockDim = dim3(unsigned(grid.threads));
+  config.dynamicSmemBytes = size_t(grid.shared);
+  cudaLaunchAttribute attribute[1];
+  attribute[0].id = cudaLaunchAttributeClusterDimension;
+  attribute[0].val.clusterDim = {unsigned(grid.cluster), 1, 1};
+  config.attrs = attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error == cudaSuccess && clusters > 0;
+}
+
+#endif
+
+}  // namespace
+}  // namespace FASTACT_NAMESPACE
+}  // namespace fastact

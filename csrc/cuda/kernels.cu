@@ -1,0 +1,18 @@
+// The table of all CUDA kernels, put together from its parts.
+#include "tables.h"
+
+namespace fastact {
+namespace cuda {
+
+static int64_t softmax_workspace(DType dtype, SoftmaxShape s, bool backward, Queue queue) {
+  return backward ? softmax_backward_table.workspace[dtype](s, queue) : softmax_forward_table.workspace[dtype](s, queue);
+}
+
+const Kernels& kernels() {
+  static const Kernels all = {elementwise_table.forward, elementwise_table.backward, softmax_forward_table.run,
+                              softmax_backward_table.run, softmax_workspace};
+  return all;
+}
+
+}  // namespace cuda
+}  // namespace fastact

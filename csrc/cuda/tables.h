@@ -1,0 +1,24 @@
+// The parts of cuda::Kernels, each filled by a .cu file of its own.
+#pragma once
+
+#include "../kernels.h"
+
+namespace fastact {
+namespace cuda {
+
+struct ElementwiseTable {
+  Forward forward[kMaxRows][kDTypes];
+  Backward backward[kMaxRows][kDTypes];
+};
+template <class Softmax>
+struct SoftmaxTable {
+  Softmax run[kDTypes];
+  int64_t (*workspace[kDTypes])(SoftmaxShape, Queue);
+};
+
+extern const ElementwiseTable elementwise_table;
+extern const SoftmaxTable<SoftmaxForward> softmax_forward_table;
+extern const SoftmaxTable<SoftmaxBackward> softmax_backward_table;
+
+}  // namespace cuda
+}  // namespace fastact

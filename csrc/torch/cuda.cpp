@@ -1,0 +1,79 @@
+// The ops on CUDA: streams, devices, launches.
+#include <ATen/cuda/EmptyTensor.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "device_ops.h"
+
+namespace fastact {
+namespace {
+
+/// The current stream of the current device, and what that device is.
+cuda::Queue current_queue() {
+  static const std::vector<cuda::Queue> devices = [] {
+    std::vector<cuda::Queue> found(c10::cuda::device_count());
+    for (int device = 0; device < int(found.size()); ++device) {
+      int major = 0, minor = 0;
+      C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+      C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+      C10_CUDA_CHECK(cudaDeviceGetAttribute(&found[device].multiprocessors, cudaDevAttrMultiProcessorCount, device));
+      found[device].capability = 10 * major + minor;
+    }
+    return found;
+  }();
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream();
+  cuda::Queue queue = devices[stream.device_index()];
+  queue.stream = stream.stream();
+  return queue;
+}
+
+void check(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
+
+struct CUDA {
+  struct Guard {
+    c10::cuda::CUDAGuard guard;
+    explicit Guard(const Tensor& x) : guard(x.device()) {}
+  };
+
+  static Tensor empty_as(const Tensor& x) {
+    if (x.is_contiguous()) return Tensor(at::detail::empty_cuda(x.sizes(), x.scalar_type(), x.device(), std::nullopt));
+    return Tensor(at::detail::empty_strided_cuda(x.sizes(), x.strides(), x.scalar_type(), x.device()));
+  }
+
+  static void forward(int row, DType dtype, const Tensor& x, const Tensor& y, const double* parameters) {
+    check(
+        cuda::kernels().forward[row][dtype](x.const_data_ptr(), y.mutable_data_ptr(), x.numel(), parameters, current_queue()));
+  }
+
+  static void backward(int row, DType dtype, const Tensor& dy, const Tensor& saved, const Tensor& dx,
+                       const double* parameters) {
+    check(cuda::kernels().backward[row][dtype](dy.const_data_ptr(), saved.const_data_ptr(), dx.mutable_data_ptr(), dy.numel(),
+                                               parameters, current_queue()));
+  }
+
+  /// Freed when it goes out of scope, which torch's allocator delays until the stream has come that far.
+  static Tensor workspace(DType dtype, SoftmaxShape shape, bool backward, const cuda::Queue& queue, const Tensor& like) {
+    const int64_t bytes = cuda::kernels().softmax_workspace(dtype, shape, backward, queue);
+    return bytes > 0 ? Tensor(at::detail::empty_cuda({bytes}, at::kByte, like.device(), std::nullopt)) : Tensor();
+  }
+
+  static void softmax(DType dtype, const Tensor& x, const Tensor& y, SoftmaxShape shape) {
+    const cuda::Queue queue = current_queue();
+    const Tensor space = workspace(dtype, shape, false, queue, x);
+    check(cuda::kernels().softmax_forward[dtype](x.const_data_ptr(), y.mutable_data_ptr(), shape,
+                                                 space.defined() ? space.mutable_data_ptr() : nullptr, queue));
+  }
+
+  static void softmax_backward(DType dtype, const Tensor& dy, const Tensor& y, const Tensor& dx, SoftmaxShape shape) {
+    const cuda::Queue queue = current_queue();
+    const Tensor space = workspace(dtype, shape, true, queue, y);
+    check(cuda::kernels().softmax_backward[dtype](dy.const_data_ptr(), y.const_data_ptr(), dx.mutable_data_ptr(), shape,
+                                                  space.defined() ? space.mutable_data_ptr() : nullptr, queue));
+  }
+};
+
+TORCH_LIBRARY_IMPL(fastact, CUDA, m) { On<CUDA>::register_all(m); }
+
+}  // namespace
+}  // namespace fastact
