@@ -484,7 +484,7 @@ struct RowPlan {
     bits = bits_for((s.length + elements - 1) / elements);
     const int64_t team = int64_t(1) << bits, most = clusters ? kMostThreads * kMostBlocks : kMostThreads;
     if (team > most) return false;
-    grid.threads = team < kUsualThreads ? kUsualThreads : team < kMostThreads ? int(team) : kMostThreads;
+    grid.threads = team <= kWarp ? kUsualThreads : team < kMostThreads ? int(team) : kMostThreads;
     grid.cluster = team > kMostThreads ? int(team / kMostThreads) : 1;
     grid.blocks = (s.outer * team + grid.threads - 1) / grid.threads;
     grid.shared = team > kWarp ? 2 * (kWarp + 1) * lane_size : 0;
