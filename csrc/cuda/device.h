@@ -29,6 +29,15 @@ struct Grid {
   int shared = 0;
 };
 
+/// The number, or the struct, of another type with the same bits.
+template <class To, class From>
+FASTACT_FN To bit_pattern(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
 #if defined(__CUDACC__)
 
 /// Sixteen bytes, and their moves to and from an address aligned to 16: one instruction, where the compiler may make several
@@ -105,45 +114,47 @@ __device__ __forceinline__ T* cluster_peer(T* place, int rank) {
 #endif
 }
 
-/// The launch; returns its cudaError_t.
+/// What CUDA wants to know of a launch. Points into itself.
+struct Launch {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute cluster = {};
+
+  Launch(Grid grid, int64_t blocks) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {unsigned(grid.cluster), 1, 1};
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = dim3(unsigned(grid.threads));
+    config.dynamicSmemBytes = size_t(grid.shared);
+    config.attrs = &cluster;
+    config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  }
+  Launch(const Launch&) = delete;
+};
+
+/// Returns the cudaError_t of the launch.
 template <class... P, class... A>
 int launch(void (*kernel)(P...), Grid grid, cuda::Queue queue, A... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(grid.blocks));
-  config.blockDim = dim3(unsigned(grid.threads));
-  config.dynamicSmemBytes = size_t(grid.shared);
-  config.stream = static_cast<cudaStream_t>(queue.stream);
-  cudaLaunchAttribute attribute[1];
-  attribute[0].id = cudaLaunchAttributeClusterDimension;
-  attribute[0].val.clusterDim = {unsigned(grid.cluster), 1, 1};
-  config.attrs = attribute;
-  config.numAttrs = grid.cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, P(arguments)...);
+  if (grid.blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  Launch all(grid, grid.blocks);
+  all.config.stream = static_cast<cudaStream_t>(queue.stream);
+  return cudaLaunchKernelEx(&all.config, kernel, P(arguments)...);
 }
 
-/// Whether the device can hold such a cluster at all: a part of a GPU may be too small.
+/// Whether the device can hold such a cluster: a part of a GPU may be too small. To be asked before the launch, because more
+/// than 8 blocks are allowed only to kernels that asked for it.
 template <class... P>
 bool fits(void (*kernel)(P...), Grid grid) {
-  // Clusters of more than 8 blocks are allowed only to kernels that ask.
-  if (grid.cluster > 8 && cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
-    cudaGetLastError();
-    return false;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(grid.cluster));
-  config.blockDim = dim3(unsigned(grid.threads));
-  config.dynamicSmemBytes = size_t(grid.shared);
-  cudaLaunchAttribute attribute[1];
-  attribute[0].id = cudaLaunchAttributeClusterDimension;
-  attribute[0].val.clusterDim = {unsigned(grid.cluster), 1, 1};
-  config.attrs = attribute;
-  config.numAttrs = 1;
+  Launch all(grid, grid.cluster);
   int clusters = 0;
-  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  if (error != cudaSuccess) cudaGetLastError();
+  cudaError_t error = cudaSuccess;
+  if (grid.cluster > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &all.config);
+  if (error != cudaSuccess) cudaGetLastError();  // else the next check would find it
   return error == cudaSuccess && clusters > 0;
 }
 
+#else
+#include "twins.h"
 #endif
 
 }  // namespace

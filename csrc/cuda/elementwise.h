@@ -20,8 +20,8 @@ struct Operands {
   const S* in[kInputs];
   S* out;
   int64_t n;
-  int head;
-  bool congruent;
+  int head = 0;
+  bool congruent = true;
 };
 
 template <class Functor>

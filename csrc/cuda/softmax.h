@@ -17,6 +17,18 @@ constexpr int kUsualThreads = 128, kMostThreads = 512;
 // The most blocks of a cluster, where the device has them.
 constexpr int kMostBlocks = 16;
 
+/// What the terms of a row are computed with.
+template <class S>
+struct Terms {
+  using Lane = LaneOf<S>;
+};
+template <>
+struct Terms<Float16> {
+  using Lane = Quick;
+};
+template <class S>
+using TermOf = typename Terms<S>::Lane;
+
 __device__ __forceinline__ double larger(double a, double b) { return __builtin_fmax(a, b); }
 __device__ __forceinline__ float larger(float a, float b) { return __builtin_fmaxf(a, b); }
 __device__ __forceinline__ Quick larger(Quick a, Quick b) { return __builtin_fmaxf(a.v, b.v); }
@@ -134,7 +146,7 @@ struct Parts {
 template <class S, int N, int E>
 __global__ void __launch_bounds__(kMostThreads, 1)
     softmax_rows(const S* x, S* y, int64_t rows, int length, int team_bits, int blocks, bool aligned) {
-  using V = LaneOf<S>;
+  using V = TermOf<S>;
   const Team team(team_bits, blocks);
   const RowShare<S, N, E> share(team, rows, length);
 
@@ -175,7 +187,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 template <class S, int N, int E>
 __global__ void __launch_bounds__(kMostThreads, 1)
     softmax_backward_rows(const S* dy, const S* y, S* dx, int64_t rows, int length, int team_bits, int blocks, bool aligned) {
-  using V = LaneOf<S>;
+  using V = TermOf<S>;
   const Team team(team_bits, blocks);
   const RowShare<S, N, E> share(team, rows, length);
 
@@ -310,7 +322,7 @@ __device__ __forceinline__ const V* total_of(void* workspace, const SoftmaxShape
 template <class S, int N, int kDepth, Phase phase>
 __global__ void __launch_bounds__(kMostThreads, 1)
     softmax_columns(const S* x, S* y, SoftmaxShape s, Cut c, bool aligned, void* workspace) {
-  using V = LaneOf<S>;
+  using V = TermOf<S>;
   const Place<N, kDepth> place(s, c);
   V e[kDepth][N], m[N], scale[N];
   x += place.first;
@@ -384,7 +396,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 template <class S, int N, int kDepth, Phase phase>
 __global__ void __launch_bounds__(kMostThreads, 1)
     softmax_backward_columns(const S* dy, const S* y, S* dx, SoftmaxShape s, Cut c, bool aligned, void* workspace) {
-  using V = LaneOf<S>;
+  using V = TermOf<S>;
   const Place<N, kDepth> place(s, c);
   Pack<S, N> gradient[kDepth], kept[kDepth];
   V dot[N];
@@ -515,7 +527,7 @@ inline Cut make_cut(const SoftmaxShape& s, int n, int depth, bool clusters) {
 /// Everything decided about the launches for one shape.
 template <class S, bool kForward>
 struct Plan {
-  using V = LaneOf<S>;
+  using V = TermOf<S>;
   using Mine = Share<S>;
 
   SoftmaxShape s;

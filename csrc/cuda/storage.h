@@ -1,5 +1,4 @@
-// Numbers as they lie in the GPU's memory, and what a thread computes with: double for float64, float for float32, and for
-// 16-bit types a float whose exponential and quotient are the hardware's approximate ones, good to about 22 bits.
+// Numbers as they lie in the GPU's memory, and the lanes a thread computes with.
 #pragma once
 
 #include "device.h"
@@ -15,16 +14,9 @@ struct Float16 {
   uint16_t bits;
 };
 
-template <class To, class From>
-FASTACT_FN To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof to);
-  return to;
-}
+// ---- Lanes ---------------------------------------------------------------------------------------------------------------
 
-// ---- The lane of 16-bit types ------------------------------------------------------------------------------------------
-
+/// A float whose exponential and quotient are the hardware's approximate ones, good to about 22 bits.
 struct Quick {
   using Element = float;
   float v;
@@ -70,27 +62,33 @@ __device__ __forceinline__ Quick exp_beside_one(Quick x_) {
 /// The terms of a softmax. What is lost of x log2(e) for terms far below 1 does not show in 16 bits.
 __device__ __forceinline__ Quick exp_nonpositive(Quick x) { return exp2_approx(x.v * Constants<float>::log2_e); }
 
-// ---- Between memory and lanes ----------------------------------------------------------------------------------------
+FASTACT_FN double raw(double x) { return x; }
+FASTACT_FN float raw(float x) { return x; }
+FASTACT_FN float raw(Quick x) { return x.v; }
 
+/// What elementwise formulas compute with. Rounding to bfloat16 hides what Quick lacks. Rounding to float16 does not: near 0 a
+/// sigmoid comes close to the middle between two of these, and only the last bits of a float tell which is nearer.
 template <class S>
 struct Storage {
-  using Lane = Quick;
-};
-template <>
-struct Storage<float> {
   using Lane = float;
 };
 template <>
 struct Storage<double> {
   using Lane = double;
 };
+template <>
+struct Storage<BFloat16> {
+  using Lane = Quick;
+};
 template <class S>
 using LaneOf = typename Storage<S>::Lane;
 
+// ---- Between memory and lanes ----------------------------------------------------------------------------------------
+
 __device__ __forceinline__ double unpack(double x) { return x; }
 __device__ __forceinline__ float unpack(float x) { return x; }
-__device__ __forceinline__ Quick unpack(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-__device__ __forceinline__ Quick unpack(Float16 x) { return unpack_float16(x.bits); }
+__device__ __forceinline__ float unpack(BFloat16 x) { return bit_pattern<float>(uint32_t(x.bits) << 16); }
+__device__ __forceinline__ float unpack(Float16 x) { return unpack_float16(x.bits); }
 
 /// As many neighbours as fill the widest access a thread has.
 template <class S>
@@ -112,7 +110,7 @@ struct Pack {
     Array<S, N> each;
 #pragma unroll
     for (int k = 0; k < N; ++k) each.v[k] = all;
-    words = bit_cast<Words>(each);
+    words = bit_pattern<Words>(each);
   }
   __device__ __forceinline__ Pack(const S* p, bool aligned) {
     if (aligned) {
@@ -121,12 +119,12 @@ struct Pack {
       Array<S, N> each;
 #pragma unroll
       for (int k = 0; k < N; ++k) each.v[k] = p[k];
-      words = bit_cast<Words>(each);
+      words = bit_pattern<Words>(each);
     }
   }
   /// To be called between two uses that lie far apart: unpacking twice is cheaper than keeping what was unpacked.
   __device__ __forceinline__ void renew() { FASTACT_NAMESPACE::renew(words); }
-  __device__ __forceinline__ LaneOf<S> operator[](int k) const { return unpack(bit_cast<Array<S, N>>(words).v[k]); }
+  __device__ __forceinline__ auto operator[](int k) const { return unpack(bit_pattern<Array<S, N>>(words).v[k]); }
 };
 
 template <class S>
@@ -137,36 +135,36 @@ struct Pack<S, 1> {
   __device__ __forceinline__ explicit Pack(S all) : one(all) {}
   __device__ __forceinline__ Pack(const S* p, bool) : one(*p) {}
   __device__ __forceinline__ void renew() {}
-  __device__ __forceinline__ LaneOf<S> operator[](int) const { return unpack(one); }
+  __device__ __forceinline__ auto operator[](int) const { return unpack(one); }
 };
 
-__device__ __forceinline__ uint32_t pack_pair(BFloat16, Quick low, Quick high) { return pack_bfloat16(low.v, high.v); }
-__device__ __forceinline__ uint32_t pack_pair(Float16, Quick low, Quick high) { return pack_float16(low.v, high.v); }
+__device__ __forceinline__ uint32_t pack_pair(BFloat16, float low, float high) { return pack_bfloat16(low, high); }
+__device__ __forceinline__ uint32_t pack_pair(Float16, float low, float high) { return pack_float16(low, high); }
 
 /// One number, rounded to S.
-template <class S>
-__device__ __forceinline__ S rounded(LaneOf<S> v) {
+template <class S, class V>
+__device__ __forceinline__ S rounded(V v) {
   if constexpr (sizeof(S) == 2)
-    return {uint16_t(pack_pair(S{}, v, v))};
+    return {uint16_t(pack_pair(S{}, raw(v), raw(v)))};
   else
-    return v;
+    return raw(v);
 }
 
 /// N lanes to memory: one, or as many as fill the access that p is aligned for.
-template <int N, class S>
-__device__ __forceinline__ void store(S* p, const LaneOf<S>* v) {
+template <int N, class S, class V>
+__device__ __forceinline__ void store(S* p, const V* v) {
   if constexpr (N == 1) {
     *p = rounded<S>(*v);
   } else if constexpr (sizeof(S) == 2) {
     Array<uint32_t, 4> pairs;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) pairs.v[k] = pack_pair(S{}, v[2 * k], v[2 * k + 1]);
-    store_words(p, bit_cast<Words>(pairs));
+    for (int k = 0; k < 4; ++k) pairs.v[k] = pack_pair(S{}, raw(v[2 * k]), raw(v[2 * k + 1]));
+    store_words(p, bit_pattern<Words>(pairs));
   } else {
     Array<S, N> each;
 #pragma unroll
-    for (int k = 0; k < N; ++k) each.v[k] = v[k];
-    store_words(p, bit_cast<Words>(each));
+    for (int k = 0; k < N; ++k) each.v[k] = raw(v[k]);
+    store_words(p, bit_pattern<Words>(each));
   }
 }
 

@@ -58,15 +58,18 @@ constexpr bool kBuiltWithCuda = true;
 constexpr bool kBuiltWithCuda = false;
 #endif
 
-/// Once a process: why calls with CUDA tensors are no faster than torch's.
-void warn_of_missing_cuda() {
+/// Whether this build has kernels for a device. That it has none for CUDA is said once a process, where it is first missed.
+bool device_has_kernels(c10::DeviceType device) {
+  if (device == at::kCPU || device == at::kMeta) return true;
+  if (device != at::kCUDA || kBuiltWithCuda) return device == at::kCUDA;
   static bool warned = false;
-  if (warned) return;
-  warned = true;
-  const char* text =
-      "fastact was built without CUDA, so CUDA tensors get torch's own operators; fastact.build_info() says why. "
-      "(This is said once.)";
-  if (PyErr_WarnEx(PyExc_UserWarning, text, 1) < 0) throw python_error();
+  if (!std::exchange(warned, true)) {
+    const char* text =
+        "fastact was built without CUDA, so CUDA tensors get torch's own operators; fastact.build_info() says why. "
+        "(This is said once.)";
+    if (PyErr_WarnEx(PyExc_UserWarning, text, 1) < 0) throw python_error();
+  }
+  return false;
 }
 
 bool has_kernel(const Tensor& x) {
@@ -79,9 +82,7 @@ bool has_kernel(const Tensor& x) {
     default:
       return false;
   }
-  if (x.layout() != at::kStrided || x.is_nested()) return false;
-  if (x.is_cuda() && !kBuiltWithCuda) warn_of_missing_cuda();
-  return x.is_cpu() || x.is_meta() || (x.is_cuda() && kBuiltWithCuda);
+  return x.layout() == at::kStrided && !x.is_nested() && device_has_kernels(x.device().type());
 }
 
 [[noreturn]] void bad_type(const Function& f, size_t position, const char* expected, PyObject* value) {
@@ -305,6 +306,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("rows", &rows, "(name, functor, parameter names) of every elementwise activation.");
   m.def("saves_input", &saves_input, "Whether backward wants the input rather than the output.");
   m.def("build_info", &build_info);
+  m.def(
+      "device_has_kernels", [](const std::string& device) { return device_has_kernels(c10::Device(device).type()); },
+      "Whether calls with tensors of that device reach a kernel; warns, once, where only the build is missing.");
   m.def("use_isa", &cpu::use_level, "For tests: takes the kernels of that level; False where this CPU has it not.");
   m.def("parallel_threads", &parallel_threads, py::call_guard<py::gil_scoped_release>());
 }

@@ -1,0 +1,398 @@
+// Runs the CUDA kernels under the shim and checks what they compute. `driver DTYPE` checks all rows and softmax; `driver table`
+// prints how many of the 65,536 numbers of each 16-bit type come out one step off, for errors that the hardware may have.
+#include <array>
+#include <string>
+
+#include "../../csrc/activations.h"
+#include "../../csrc/kernels.h"
+#include "cuda_shim.h"
+
+using namespace fastact;
+
+namespace {
+
+// ---- Numbers -------------------------------------------------------------------------------------------------------------
+
+struct Float64 {
+  static constexpr DType dtype = kFloat64;
+  using Bits = uint64_t;
+  static constexpr int precision = 53, least_exponent = -1022;
+};
+struct Float32 {
+  static constexpr DType dtype = kFloat32;
+  using Bits = uint32_t;
+  static constexpr int precision = 24, least_exponent = -126;
+};
+struct BFloat16 {
+  static constexpr DType dtype = kBFloat16;
+  using Bits = uint16_t;
+  static constexpr int precision = 8, least_exponent = -126;
+};
+struct Float16 {
+  static constexpr DType dtype = kFloat16;
+  using Bits = uint16_t;
+  static constexpr int precision = 11, least_exponent = -14;
+};
+
+template <class To, class From>
+To pattern(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+double value(Float64, uint64_t bits) { return pattern<double>(bits); }
+double value(Float32, uint32_t bits) { return pattern<float>(bits); }
+double value(BFloat16, uint16_t bits) { return pattern<float>(uint32_t(bits) << 16); }
+double value(Float16, uint16_t bits) { return double(pattern<_Float16>(bits)); }
+
+/// The distance of neighbours of that type at x.
+template <class T>
+double spacing(double x) {
+  int exponent = 0;
+  frexp(x, &exponent);
+  return ldexp(1, std::max(exponent, T::least_exponent + 1) - T::precision);
+}
+
+/// The nearest of that type, in double (which holds them all).
+template <class T>
+double rounded(double x) {
+  if constexpr (T::precision == 53) return x;
+  if (!std::isfinite(x) || x == 0) return x;
+  const double r = nearbyint(x / spacing<T>(x)) * spacing<T>(x);
+  const double infinity = T::precision == 11 ? 65536 : ldexp(1, 128);
+  return fabs(r) >= infinity ? copysign(HUGE_VAL, r) : r;
+}
+template <class T>
+typename T::Bits bits_of(double x) {
+  if constexpr (T::precision == 53) return pattern<uint64_t>(x);
+  const float f = float(rounded<T>(x));
+  if constexpr (T::precision == 24) return pattern<uint32_t>(f);
+  if constexpr (T::precision == 8) return uint16_t((pattern<uint32_t>(f) >> 16) | (std::isnan(f) ? 0x40 : 0));
+  return pattern<uint16_t>(_Float16(f));
+}
+
+template <class T>
+bool same(typename T::Bits a, typename T::Bits b) {
+  return a == b || (std::isnan(value(T(), a)) && std::isnan(value(T(), b)));
+}
+/// Steps from one number to another of that type.
+template <class T>
+int64_t steps(typename T::Bits a, typename T::Bits b) {
+  using Bits = typename T::Bits;
+  const Bits sign = Bits(Bits(1) << (8 * sizeof(Bits) - 1));
+  const auto ordinal = [&](Bits x) { return x & sign ? -int64_t(x ^ sign) : int64_t(x); };
+  return same<T>(a, b) ? 0 : std::abs(ordinal(a) - ordinal(b));
+}
+
+// ---- Buffers -------------------------------------------------------------------------------------------------------------
+
+/// A heap block of just n numbers, `offset` of them after an address aligned to 16, so that the sanitizer sees every overrun.
+template <class T>
+struct Buffer {
+  using Bits = typename T::Bits;
+  std::unique_ptr<unsigned char, void (*)(void*)> block;
+  Bits* p;
+  size_t n;
+
+  explicit Buffer(size_t n_, int offset = 0)
+      : block(static_cast<unsigned char*>(malloc((n_ + size_t(offset)) * sizeof(Bits))), free),
+        p(reinterpret_cast<Bits*>(block.get()) + offset),
+        n(n_) {
+    memset(block.get(), 0xff, (n + size_t(offset)) * sizeof(Bits));
+  }
+  Buffer(const Buffer& other, int offset) : Buffer(other.n, offset) { memcpy(p, other.p, n * sizeof(Bits)); }
+  bool operator==(const Buffer& other) const {
+    for (size_t i = 0; i < n; ++i)
+      if (!same<T>(p[i], other.p[i])) return false;
+    return true;
+  }
+};
+
+std::mt19937_64 generator(20261121);
+
+template <class T>
+void fill_normal(Buffer<T>& b, double scale, double offset = 0) {
+  std::normal_distribution<double> normal(offset, scale);
+  for (size_t i = 0; i < b.n; ++i) b.p[i] = bits_of<T>(normal(generator));
+}
+/// Numbers as people have them, between any bit patterns: subnormals, infinities, NaN.
+template <class T>
+void fill_wild(Buffer<T>& b) {
+  std::normal_distribution<double> normal(0, 5);
+  for (size_t i = 0; i < b.n; ++i) b.p[i] = generator() % 2 ? bits_of<T>(normal(generator)) : typename T::Bits(generator());
+}
+
+std::string where;
+[[noreturn]] void fail(const std::string& what) {
+  fprintf(stderr, "%s: %s\n", where.c_str(), what.c_str());
+  exit(1);
+}
+void expect(bool condition, const char* what) {
+  if (!condition) fail(what);
+}
+
+const cuda::Queue kQueues[] = {{nullptr, 132, 90}, {nullptr, 4, 80}};
+
+// ---- Rows ----------------------------------------------------------------------------------------------------------------
+
+struct RowOf {
+  const char* name;
+  int parameters;
+};
+#define ROW_OF(name, Functor, ...) RowOf{#name, int(std::initializer_list<const char*>{__VA_ARGS__}.size())},
+const RowOf kRows[] = {FASTACT_ACTIVATIONS(ROW_OF)};
+
+/// Defaults, both signs, zero, and what is no power of two.
+std::vector<std::array<double, 2>> parameter_sets(int count) {
+  if (count == 0) return {{0, 0}};
+  if (count == 1) return {{0.01, 0}, {1, 0}, {0, 0}, {1.5, 0}, {-0.3, 0}};
+  return {{1, 1}, {4, 1}, {-1, 1}, {2.5, -0.7}, {0, 1}};
+}
+
+/// Bit for bit the CPU's. Where the hardware approximates, and only a twin stands here, within a step and nearly always.
+template <class T>
+void compare(const Buffer<T>& got, const Buffer<T>& expected, long* off) {
+  for (size_t i = 0; i < got.n; ++i) {
+    const int64_t far = steps<T>(got.p[i], expected.p[i]);
+    if (far == 0) continue;
+    if (T::dtype != kBFloat16 || far > 1)
+      fail("element " + std::to_string(i) + " is " + std::to_string(value(T(), got.p[i])) + ", the CPU's " +
+           std::to_string(value(T(), expected.p[i])));
+    ++*off;
+  }
+}
+
+template <class T>
+void check_rows() {
+  long cases = 0, off = 0, elements = 0;
+  const size_t sizes[] = {0,  1,  2,  3,   7,   8,   9,   15,  16,   17,   31,    33,
+                          63, 64, 65, 100, 255, 257, 511, 513, 2047, 4099, 16385, 70001};
+  for (int row = 0; row < int(std::size(kRows)); ++row)
+    for (const auto& parameters : parameter_sets(kRows[row].parameters))
+      for (size_t n : sizes) {
+        if (n > 5000 && parameters != parameter_sets(kRows[row].parameters)[0]) continue;
+        for (int offset = 0; offset < (n > 300 ? 3 : 9); ++offset) {
+          // Each tensor begins elsewhere; sometimes all are aligned, or misaligned alike.
+          const int x_offset = offset, y_offset = offset % 3 == 0 ? offset : 0, dy_offset = (3 * offset) % 8;
+          where = std::string(kRows[row].name) + ", " + std::to_string(n) + " elements from " + std::to_string(offset);
+          const cuda::Queue queue = kQueues[cases++ % 2];
+          elements += 2 * long(n);
+          Buffer<T> x(n, x_offset), dy(n, dy_offset), y(n, y_offset), expected(n);
+          fill_wild(x);
+          fill_wild(dy);
+          cpu::kernels().forward[row][T::dtype](x.p, expected.p, int64_t(n), parameters.data());
+          expect(cuda::kernels().forward[row][T::dtype](x.p, y.p, int64_t(n), parameters.data(), queue) == 0, "launch");
+          compare(y, expected, &off);
+          Buffer<T> inplace(x, x_offset);
+          expect(cuda::kernels().forward[row][T::dtype](inplace.p, inplace.p, int64_t(n), parameters.data(), queue) == 0,
+                 "launch");
+          expect(inplace == y, "in place differs");
+
+          Buffer<T> dx(n, y_offset);
+          cpu::kernels().backward[row][T::dtype](dy.p, x.p, expected.p, int64_t(n), parameters.data());
+          expect(cuda::kernels().backward[row][T::dtype](dy.p, x.p, dx.p, int64_t(n), parameters.data(), queue) == 0, "launch");
+          compare(dx, expected, &off);
+        }
+      }
+  printf("rows: %ld cases, %ld elements, %ld a step from the CPU's\n", cases, elements, off);
+  expect(off * 10000 < elements, "too many are a step off");
+}
+
+// ---- Softmax -------------------------------------------------------------------------------------------------------------
+
+enum Values { kNormal, kWide, kEqual, kFar, kMasked, kHuge, kAllMasked, kOneNaN, kOneInfinity, kValues };
+
+template <class T>
+void fill(Buffer<T>& x, Values values, const SoftmaxShape& s) {
+  fill_normal(x, values == kWide ? 40 : 3, values == kFar && sizeof(typename T::Bits) > 2 ? 1e7 : 0);
+  const auto set = [&](size_t i, double to) { x.p[i] = bits_of<T>(to); };
+  for (size_t i = 0; i < x.n; ++i) {
+    if (values == kEqual) set(i, 0.7);
+    if (values == kHuge) set(i, T::precision == 11 ? 6e4 : 1e14);
+    if (values == kAllMasked || (values == kMasked && generator() % 3 == 0)) set(i, -HUGE_VAL);
+  }
+  // In the middle of the first row, in memory order.
+  const size_t middle = size_t(s.length / 2 * s.inner);
+  if (values == kOneNaN) set(middle, NAN);
+  if (values == kOneInfinity) set(middle, HUGE_VAL);
+  if (values == kMasked) set(0, 1.5);
+}
+
+template <class T>
+using Workspace = std::unique_ptr<unsigned char, void (*)(void*)>;
+
+template <class T>
+Buffer<T> softmax(const Buffer<T>& x, const SoftmaxShape& s, cuda::Queue queue) {
+  Buffer<T> y(x.n);
+  Workspace<T> space(static_cast<unsigned char*>(malloc(size_t(cuda::kernels().softmax_workspace(T::dtype, s, false, queue)))),
+                     free);
+  expect(cuda::kernels().softmax_forward[T::dtype](x.p, y.p, s, space.get(), queue) == 0, "launch");
+  return y;
+}
+template <class T>
+Buffer<T> softmax_backward(const Buffer<T>& dy, const Buffer<T>& y, const SoftmaxShape& s, cuda::Queue queue) {
+  Buffer<T> dx(y.n);
+  Workspace<T> space(static_cast<unsigned char*>(malloc(size_t(cuda::kernels().softmax_workspace(T::dtype, s, true, queue)))),
+                     free);
+  expect(cuda::kernels().softmax_backward[T::dtype](dy.p, y.p, dx.p, s, space.get(), queue) == 0, "launch");
+  return dx;
+}
+
+/// Against sums in long double. The unit is that of the type computed in; to it comes one rounding to T. An exponential is off
+/// by what rounds x - m, a few units more, and where the hardware approximates, once more what rounds (x - m) log2(e).
+template <class T>
+void check_softmax_values(const Buffer<T>& x, const Buffer<T>& y, const Buffer<T>& dy, const Buffer<T>& dx,
+                          const SoftmaxShape& s) {
+  const double unit = T::precision == 53 ? 0x1p-53 : 0x1p-24, smallest = T::precision == 53 ? 0x1p-1022 : 0x1p-126;
+  const auto check = [&](double got, long double exact, long double error, int64_t j) {
+    if constexpr (sizeof(typename T::Bits) == 2) error += 0.5 * spacing<T>(double(fabsl(exact) + error));
+    // What is not a number of the type on either side of infinity has no distance.
+    if (!(std::isnan(got) && std::isnan(double(exact))) && !(fabsl(got - exact) <= error))
+      fail("place " + std::to_string(j) + " is " + std::to_string(got) + " rather than " + std::to_string(double(exact)));
+  };
+  for (int64_t outer = 0; outer < s.outer; ++outer)
+    for (int64_t inner = 0; inner < s.inner; ++inner) {
+      const auto at = [&](int64_t j) { return size_t((outer * s.length + j) * s.inner + inner); };
+      long double m = -HUGE_VAL, sum = 0, dot = 0, size = 0;
+      bool nan = false;
+      for (int64_t j = 0; j < s.length; ++j) {
+        const double v = value(T(), x.p[at(j)]);
+        nan = nan || std::isnan(v);
+        m = std::max<long double>(m, std::isnan(v) ? -HUGE_VAL : v);
+      }
+      nan = nan || std::isinf(double(m));
+      for (int64_t j = 0; j < s.length && !nan; ++j) {
+        sum += expl(value(T(), x.p[at(j)]) - m);
+        const long double product = (long double)value(T(), dy.p[at(j)]) * value(T(), y.p[at(j)]);
+        dot += product;
+        size += fabsl(product);
+      }
+      for (int64_t j = 0; j < s.length; ++j) {
+        const double got = value(T(), y.p[at(j)]), gradient = value(T(), dx.p[at(j)]);
+        if (nan) {
+          expect(std::isnan(got), "a row without a maximum is not all NaN");
+          continue;
+        }
+        const long double below = m - value(T(), x.p[at(j)]), exact = expl(-below) / sum;
+        check(got, exact, std::isinf(double(below)) ? 0 : exact * (2 * below + 20) * unit + smallest, j);
+        const long double slope = value(T(), dy.p[at(j)]) - dot;
+        check(gradient, got * slope, got * (4 * fabsl(slope) + 24 * size) * unit + smallest, j);
+      }
+    }
+}
+
+std::vector<SoftmaxShape> shapes() {
+  std::vector<SoftmaxShape> all;
+  for (int64_t length = 1; length <= 40; ++length) all.push_back({length % 3 == 0 ? 130 : 5, length, 1});
+  for (int64_t length : {63, 64, 65, 100, 127, 128, 129, 255, 256, 257, 300, 1000, 1023, 1024, 1025, 2047, 2048, 2049, 4097})
+    all.push_back({3, length, 1});
+  for (int64_t length : {8191, 8192, 16384, 16385, 40000, 65536, 131073}) all.push_back({2, length, 1});
+  all.push_back({1, 262144, 1});
+  all.push_back({1, 262145, 1});
+  for (int64_t inner : {2, 3, 7, 8, 16, 33, 49, 128})
+    for (int64_t length : {2, 5, 21, 32, 100, 257}) all.push_back({3, length, inner});
+  all.push_back({70, 3, 2});
+  all.push_back({1, 2, 1000});
+  all.push_back({1, 600, 8});
+  all.push_back({2, 3000, 4});
+  all.push_back({1, 5000, 16});
+  all.push_back({1, 9000, 8});
+  all.push_back({1, 20000, 3});
+  return all;
+}
+
+template <class T>
+void check_softmax() {
+  long cases = 0;
+  const std::vector<SoftmaxShape> all = shapes();
+  for (const cuda::Queue& queue : kQueues)
+    for (size_t k = 0; k < all.size(); ++k) {
+      const SoftmaxShape s = all[k];
+      const size_t n = size_t(s.outer * s.length * s.inner);
+      // Every kind of values meets every regime; the largest shapes see two of them.
+      for (int values = 0; values < kValues; ++values) {
+        if (n > 3000 && values != kNormal && values != int(k) % kValues) continue;
+        if (n <= 3000 && values != kNormal && queue.capability < 90) continue;
+        where = "softmax (" + std::to_string(s.outer) + ", " + std::to_string(s.length) + ", " + std::to_string(s.inner) +
+                ") for sm_" + std::to_string(queue.capability) + ", values " + std::to_string(values);
+        Buffer<T> x(n), dy(n);
+        fill(x, Values(values), s);
+        fill_normal(dy, 1);
+        shim::schedule = shim::kInOrder;
+        const Buffer<T> y = softmax(x, s, queue), dx = softmax_backward(dy, y, s, queue);
+        check_softmax_values(x, y, dy, dx, s);
+        ++cases;
+
+        for (int schedule = 1; schedule < shim::kSchedules; ++schedule) {
+          // The order must not matter, nor where the inputs begin.
+          shim::schedule = shim::Schedule(schedule);
+          const Buffer<T> x_moved(x, schedule), dy_moved(dy, schedule % 3), y_moved(y, 2 * schedule % 5);
+          expect(softmax(x_moved, s, queue) == y, "depends on the schedule or the address");
+          expect(softmax_backward(dy_moved, y_moved, s, queue) == dx, "backward depends on the schedule or the address");
+        }
+        // Nor what other rows there are.
+        if (s.outer > 1 && s.outer < 10) {
+          const SoftmaxShape last = {1, s.length, s.inner};
+          const size_t rest = size_t(s.length * s.inner);
+          Buffer<T> alone(rest);
+          memcpy(alone.p, x.p + (n - rest), rest * sizeof(typename T::Bits));
+          const Buffer<T> y_alone = softmax(alone, last, queue);
+          for (size_t i = 0; i < rest; ++i) expect(same<T>(y_alone.p[i], y.p[n - rest + i]), "depends on its neighbours");
+        }
+      }
+    }
+  printf("softmax: %zu shapes, %ld cases, each under several schedules\n", all.size(), cases);
+}
+
+// ---- How many numbers are misrounded ---------------------------------------------------------------------------------------
+
+template <class T>
+void print_misrounded(const char* type) {
+  Buffer<T> x(65536), y(65536);
+  for (size_t i = 0; i < x.n; ++i) x.p[i] = uint16_t(i);
+  const std::pair<const char*, double (*)(double)> functions[] = {
+      {"sigmoid", [](double v) { return 1 / (1 + exp(-v)); }},
+      {"tanh", [](double v) { return tanh(v); }},
+      {"elu", [](double v) { return v < 0 ? expm1(v) : v; }},
+  };
+  const double parameters[] = {1, 1};
+  for (const auto& [name, function] : functions)
+    for (int row = 0; row < int(std::size(kRows)); ++row) {
+      if (std::string(kRows[row].name) != name) continue;
+      printf("| %s | %s |", name, type);
+      for (int ulps = -2; ulps <= 2; ++ulps) {
+        shim::approximate_ulps = ulps;
+        cuda::kernels().forward[row][T::dtype](x.p, y.p, int64_t(x.n), parameters, kQueues[0]);
+        long wrong = 0;
+        for (size_t i = 0; i < x.n; ++i) {
+          const int64_t far = steps<T>(y.p[i], bits_of<T>(function(value(T(), x.p[i]))));
+          where = std::string(name) + " of " + std::to_string(value(T(), x.p[i]));
+          expect(far <= 1, "more than a step off");
+          wrong += far;
+        }
+        printf(" %ld |", wrong);
+      }
+      printf("\n");
+    }
+}
+
+}  // namespace
+
+int main(int, char** argv) {
+  const std::string what = argv[1];
+  const auto check = [&]<class T>(const char* name, T) {
+    if (what != name) return;
+    check_rows<T>();
+    check_softmax<T>();
+  };
+  check("float64", Float64());
+  check("float32", Float32());
+  check("bfloat16", BFloat16());
+  check("float16", Float16());
+  if (what == "table") {
+    print_misrounded<BFloat16>("bfloat16");
+    print_misrounded<Float16>("float16");
+  }
+}
