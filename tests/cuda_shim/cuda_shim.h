@@ -82,6 +82,7 @@ struct Fiber {
 struct Block {
   std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, free};
   Barrier barrier;
+  int running = 0;  // threads that have not ended
   std::vector<Barrier> warps;
   std::vector<uint64_t> exchanged;  // [2][thread]: nobody is two shuffles ahead of his warp
 };
@@ -104,6 +105,7 @@ class Machine {
       for (Block& b : blocks_of_cluster_) {
         b.shared.reset(static_cast<unsigned char*>(malloc(size_t(shared_bytes))));
         if (shared_bytes > 0) memset(b.shared.get(), 0xff, size_t(shared_bytes));
+        b.running = int(threads);
         b.warps.resize((threads + kWarp - 1) / kWarp);
         b.exchanged.resize(2 * threads);
       }
@@ -120,6 +122,7 @@ class Machine {
   Block& block() { return blocks_of_cluster_[size_t(current_->block)]; }
   Block& block(int rank) {
     if (rank < 0 || rank >= cluster()) fail("asks for a block that is not in its cluster");
+    if (blocks_of_cluster_[size_t(rank)].running == 0) fail("asks for a block that has ended");
     return blocks_of_cluster_[size_t(rank)];
   }
 
@@ -203,6 +206,7 @@ inline Machine machine;
 inline void Machine::enter() {
   machine.kernel_();
   machine.current_->done = true;
+  --machine.block().running;
   machine.leave();
 }
 

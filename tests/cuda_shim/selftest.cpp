@@ -25,13 +25,13 @@ void block_sums(const float* x, float* y, bool first_barrier, bool second_barrie
 }
 
 /// Every block of a cluster of four adds up what the others left in their shared memory.
-void cluster_sums(const float* x, float* y, bool barrier) {
+void cluster_sums(const float* x, float* y, bool first_barrier, bool last_barrier) {
   shared_floats()[threadIdx.x] = x[blockIdx.x * 32 + threadIdx.x];
-  if (barrier) shim::machine.wait(shim::machine.cluster_barrier, 4 * 32);
+  if (first_barrier) shim::machine.wait(shim::machine.cluster_barrier, 4 * 32);
   float sum = 0;
   for (int rank = 0; rank < 4; ++rank) sum += reinterpret_cast<float*>(shim::machine.block(rank).shared.get())[threadIdx.x];
   y[blockIdx.x * 32 + threadIdx.x] = sum;
-  if (barrier) shim::machine.wait(shim::machine.cluster_barrier, 4 * 32);
+  if (last_barrier) shim::machine.wait(shim::machine.cluster_barrier, 4 * 32);
 }
 
 struct alignas(16) Four {
@@ -59,8 +59,9 @@ int main(int, char** argv) {
         for (int k = 0; k < 256; ++k) expected += x[size_t(i / 128 * 256 + k)];
         right = right && y[size_t(i)] == expected;
       }
-    } else if (fault == "sound cluster" || fault == "cluster barrier") {
-      run(32, 4, 128, [&] { cluster_sums(x.data(), y.data(), fault == "sound cluster"); });
+    } else if (fault == "sound cluster" || fault == "first cluster barrier" || fault == "last cluster barrier") {
+      run(32, 4, 128,
+          [&] { cluster_sums(x.data(), y.data(), fault != "first cluster barrier", fault != "last cluster barrier"); });
       for (int i = 0; i < blocks * 32; ++i) {
         float expected = 0;
         for (int rank = 0; rank < 4; ++rank) expected += x[size_t((i / 128 * 4 + rank) * 32 + i % 32)];
