@@ -11,7 +11,10 @@ import fastact
 
 def main() -> None:
     rows = {"fastact": fastact.__version__, "torch in use": torch.__version__, "Python": platform.python_version()}
-    for key, value in fastact.build_info().items():
+    info = fastact.build_info()
+    if missing := info.pop("cuda_missing"):
+        info["cuda"] = f"none: {missing}"
+    for key, value in info.items():
         text = ", ".join(value) if isinstance(value, list) else str(value)
         rows["torch built against" if key == "torch" else key.replace("_", " ")] = text or "none"
     width = max(map(len, rows))

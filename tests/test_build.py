@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -24,8 +25,7 @@ STORAGE = ["double", "float", "BFloat16", "Float16"]
 
 def flags() -> list[str]:
     """The flags setup.py compiles with."""
-    source = (ROOT / "setup.py").read_text()
-    return re.findall(r'"(-[^"]+)"', source[source.index("flags = [") : source.index("sources =")])
+    return list(runpy.run_path(str(ROOT / "setup.py"))["CXX_FLAGS"])
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/version.h>
 
 #include <cmath>
 #include <limits>
@@ -275,9 +274,6 @@ py::dict build_info() {
   py::list levels;
   for (int level = 0; level < cpu::kLevelCount; ++level) levels.append(cpu::kLevels[level]);
   py::dict info;
-  info["torch"] = TORCH_VERSION;
-  info["cuda"] = py::none();
-  info["cuda_architectures"] = py::list();
   info["isa_levels"] = levels;
   info["isa"] = cpu::kernels().isa;
   info["threads"] = at::get_num_threads();
@@ -305,7 +301,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("make_function", &make_function);
   m.def("rows", &rows, "(name, functor, parameter names) of every elementwise activation.");
   m.def("saves_input", &saves_input, "Whether backward wants the input rather than the output.");
-  m.def("build_info", &build_info);
+  m.def("build_info", &build_info, "What is in use: instruction sets and threads.");
   m.def(
       "device_has_kernels", [](const std::string& device) { return device_has_kernels(c10::Device(device).type()); },
       "Whether calls with tensors of that device reach a kernel; warns, once, where only the build is missing.");
