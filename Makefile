@@ -5,8 +5,9 @@ BIN    := .venv/bin
 # A build knows its torch: another TORCH makes the environment anew.
 STAMP  := .venv/.made-with-$(subst /,_,$(subst =,-,$(TORCH)))
 SOURCES := $(wildcard csrc/*.h csrc/*/*) setup.py pyproject.toml
+C_FILES := csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cuda_shim/*
 
-.PHONY: demo test bench lint format install-check clean
+.PHONY: demo test bench lint format install-check cuda-check cuda-link gpu-test clean
 
 demo: .venv/.built                      ## train a small CNN with torch.nn's activations and with fastact's
 	$(BIN)/python examples/digits_cnn.py
@@ -21,15 +22,21 @@ lint: .venv/.linters                    ## ruff, mypy on the package, clang-form
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 
 format: .venv/.linters                  ## let ruff and clang-format write what lint checks
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/*/*.h csrc/*/*.cpp
+	$(BIN)/clang-format -i $(C_FILES)
 
 install-check: .venv/.built             ## the ways to install, each in an environment of its own
 	$(BIN)/python tools/install_check.py
+
+cuda-check: .venv/.cuda-check           ## what nvcc makes of the CUDA kernels: warnings, spills, 16-byte accesses; no GPU
+	$(BIN)/python tools/cuda_check.py
+
+cuda-link: .venv/.cuda-check            ## link the whole extension against a CUDA build of torch (530 MB); no GPU
+	$(BIN)/python tools/cuda_link.py
 
 clean:
 	rm -rf .venv build dist *.egg-info fastact/*.so fastact/_built.py
@@ -47,4 +54,8 @@ $(STAMP):
 
 .venv/.linters: $(STAMP) pyproject.toml .venv/.built
 	$(BIN)/pip install --quiet --editable '.[lint]'
+	touch $@
+
+.venv/.cuda-check: $(STAMP) pyproject.toml .venv/.built
+	$(BIN)/pip install --quiet --editable '.[cuda-check]'
 	touch $@
