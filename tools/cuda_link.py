@@ -42,10 +42,9 @@ def weak(library: Path) -> set[str]:
 
 
 def loaded_libraries(library: Path) -> list[Path]:
-    """The C and C++ runtimes and OpenMP: what the dynamic linker finds for it on this machine."""
-    lines = subprocess.run(["ldd", str(library)], capture_output=True, text=True).stdout.splitlines()
-    paths = [line.split("=>")[1].split()[0] for line in lines if "=>" in line and "not found" not in line]
-    return [Path(path) for path in paths]
+    """The C and C++ runtimes and the dynamic linker itself: what it finds on this machine."""
+    words = subprocess.run(["ldd", str(library)], capture_output=True, text=True).stdout.split()
+    return [Path(word) for word in words if word.startswith("/")]
 
 
 def main() -> None:
@@ -98,7 +97,8 @@ def main() -> None:
 
         python = [Path(sys.executable).resolve(), *Path(sysconfig.get_config_var("LIBDIR")).glob("libpython3*.so*")]
         providers = {
-            "torch": symbols(libraries, "defined"),
+            # OpenMP's runtime comes with torch.
+            "torch": symbols([*libraries, *(torch / "lib").glob("libgomp*")], "defined"),
             "the CUDA runtime": symbols([runtime], "defined"),
             "Python": symbols(python, "defined"),
             "the C and C++ runtimes": symbols(loaded_libraries(extension), "defined"),
