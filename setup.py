@@ -130,7 +130,7 @@ def build_ext_class() -> type:
                 '"""Written by setup.py: what the extension was built against."""\n\n'
                 f"TORCH = {str(torch.__version__)!r}\n"
                 f"CUDA = {None if missing else nvcc!r}\n"
-                f"CUDA_ARCHITECTURES = {[flag.rpartition('code=')[2] for flag in architectures]!r}\n"
+                f"CUDA_ARCHITECTURES: list[str] = {[flag.rpartition('code=')[2] for flag in architectures]!r}\n"
                 f"CUDA_MISSING = {missing!r}\n"
             )
 

@@ -459,13 +459,14 @@ __global__ void __launch_bounds__(kMostThreads, 1) softmax_totals(SoftmaxShape s
     for (int64_t i = lane; i < c.chunks; i += kWarp) m = larger(m, parts[i * stride]);
     m = reduce_lanes(m, 1, kWarp, Larger());
   }
-  V sum = V(0);
+  // There may be thousands of chunks to a lane: in double, so that their number does not show.
+  double sum = 0;
   for (int64_t i = lane; i < c.chunks; i += kWarp)
-    sum = sum + (kForward ? parts[i * stride + s.inner] * Softmax<V>::term(parts[i * stride], m) : parts[i * stride]);
+    sum += raw(kForward ? parts[i * stride + s.inner] * Softmax<V>::term(parts[i * stride], m) : parts[i * stride]);
   sum = reduce_lanes(sum, 1, kWarp, Sum());
   if (lane == 0) {
-    total[0] = kForward ? m : sum;
-    if (kForward) total[s.inner] = V(1) / sum;
+    total[0] = kForward ? m : V(sum);
+    if (kForward) total[s.inner] = V(1) / V(sum);
   }
 }
 
