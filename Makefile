@@ -7,7 +7,8 @@ STAMP  := .venv/.made-with-$(subst /,_,$(subst =,-,$(TORCH)))
 SOURCES := $(wildcard csrc/*.h csrc/*/*) setup.py pyproject.toml
 C_FILES := csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cuda_shim/*
 
-.PHONY: demo test bench lint format install-check cuda-check cuda-link gpu-test clean
+.PHONY: demo test bench lint format install-check cuda-check cuda-link clean
+.PHONY: gpu-test gpu-build gpu-kernels gpu-suite gpu-sanitize
 
 demo: .venv/.built                      ## train a small CNN with torch.nn's activations and with fastact's
 	$(BIN)/python examples/digits_cnn.py
@@ -37,6 +38,29 @@ cuda-check: .venv/.cuda-check           ## what nvcc makes of the CUDA kernels: 
 
 cuda-link: .venv/.cuda-check            ## link the whole extension against a CUDA build of torch (530 MB); no GPU
 	$(BIN)/python tools/cuda_link.py
+
+# With PYTHON, its torch and the nvcc there as they are, and no network.
+gpu-test: gpu-build gpu-kernels gpu-suite gpu-sanitize  ## everything on a GPU
+
+gpu-build:
+	$(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
+	$(PYTHON) -m fastact.info
+
+gpu-kernels:
+	$(PYTHON) -m pytest --device cuda -rs -m "not large" tests/test_cuda.py
+	$(PYTHON) -m pytest --device cuda -rs -m large tests/test_cuda.py
+	$(PYTHON) -m pytest --device cuda -rP -k every tests/test_cuda.py
+
+gpu-suite:
+	$(PYTHON) -m pytest --device cuda -rs --ignore tests/test_cuda.py
+
+SANITIZE := compute-sanitizer --target-processes all --error-exitcode 1
+
+gpu-sanitize:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck --leak-check no $(PYTHON) tests/cuda_sanitize.py
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool initcheck $(PYTHON) tests/cuda_sanitize.py
+	$(SANITIZE) --tool racecheck --racecheck-report all $(PYTHON) tests/cuda_sanitize.py
+	$(SANITIZE) --tool synccheck $(PYTHON) tests/cuda_sanitize.py
 
 clean:
 	rm -rf .venv build dist *.egg-info fastact/*.so fastact/_built.py

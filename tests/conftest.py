@@ -1,19 +1,26 @@
-"""The axes of the suite: rows, dtypes, instruction sets, seeds. A test names an activation only if it alone has the property.
+"""The axes of the suite: devices, rows, dtypes, instruction sets, seeds. A test names an activation only if it alone has the
+property.
+
+`pytest --device cuda` runs the suite on a GPU: every tensor that a test makes without naming a device lies there. What is about
+the CPU alone says so by the mark `cpu_only`, or by its file in CPU_ONLY_FILES, and is skipped with that reason.
 
 A parameter called `row`, `any_row` or `dtype` runs over all of them; `isa` runs over the instruction sets this CPU has and
-puts the best one back. A randomly drawn input comes from the `generator` fixture, whose seed a failure prints;
-FASTACT_TEST_SEED sets it.
+puts the best one back (on a GPU there is nothing to run over). A randomly drawn input comes from the `generator` fixture, whose
+seed a failure prints; FASTACT_TEST_SEED sets it.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
+import fastact
 from fastact import _C, _registry
 
 ELEMENTWISE = list(_registry.elementwise.values())
@@ -24,13 +31,93 @@ SEED = int(os.environ.get("FASTACT_TEST_SEED", random.SystemRandom().randrange(2
 BEST_ISA = _C.build_info()["isa"]
 ISAS = _C.build_info()["isa_levels"][: _C.build_info()["isa_levels"].index(BEST_ISA) + 1]
 
+# Set from the command line before any test file is imported; and how many threads a test compares, where that is its subject.
+DEVICE = "cpu"
+THREAD_COUNTS = [1, 2, 3]
+
+# Whole files that look at the CPU, or at no device: why a GPU would tell nothing more.
+CPU_ONLY_FILES = {
+    "test_bench": "measures on the CPU whatever the device; test_cuda.py measures on the GPU",
+    "test_build": "reads the machine code of the CPU kernels",
+    "test_cuda_build": "compiles, and runs nothing",
+    "test_cuda_shim": "runs the CUDA kernels on the CPU",
+    "test_demo": "runs the demo on the CPU, in a process of its own",
+    "test_docs": "reads the documents",
+    "test_packaging": "builds packages",
+}
+
 # Parameters besides the defaults: both signs, zero, and values that are not powers of two.
 EXTRA_PARAMETERS = {0: [], 1: [(0.2,), (0.0,), (1.5,), (-0.3,)], 2: [(4.0, 1.0), (-1.0, 1.0), (2.5, -0.7), (0.0, 1.0)]}
+
+INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # by size in bytes
 
 
 def parameter_sets(row: _registry.Row) -> list[tuple[float, ...]]:
     """The defaults, then values that try every branch."""
     return [tuple(row.parameters.values()), *EXTRA_PARAMETERS[len(row.parameters)]]
+
+
+def bits(t: Tensor) -> Tensor:
+    """The elements as integers of their size."""
+    return t.contiguous().view(INTEGER[t.dtype.itemsize])
+
+
+def softmax_slack(dtype: torch.dtype, dim: int, y: Tensor, dy: Tensor | None = None) -> Tensor | None:
+    """How far two results of softmax, or with dy of its backward, may lie apart for the same values in different layouts.
+
+    On the CPU, where rows are summed in one order in every layout: None, for not at all. On CUDA the order follows from how the
+    tensor lies in memory. Each of the two sums is then off by at most a unit of the compute type for every addition, and a few
+    more for the roundings beside it; and the results of 16-bit types may round to two neighbours.
+    """
+    if DEVICE == "cpu":
+        return None
+    unit = torch.finfo(dtype if dtype.itemsize > 2 else torch.float32).eps / 2
+    y = y.detach().double().abs()
+    scale = y
+    if dy is not None:
+        product = y * dy.detach().double().abs()
+        scale = product + y * product.sum(dim, keepdim=True)
+    slack = 2 * (y.shape[dim] + 8 if y.dim() else 8) * unit * scale
+    if dtype.itemsize == 2:
+        slack = slack + torch.finfo(dtype).eps * scale + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return slack
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the tensors of the tests lie")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu_only(reason): about the CPU, so skipped with --device cuda")
+    config.addinivalue_line("markers", "large: needs many GiB of GPU memory")
+    if config.getoption("--device") == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no CUDA device here")
+    info = fastact.build_info()
+    if info["cuda"] is None:
+        raise pytest.UsageError(f"--device cuda: this fastact was built without CUDA: {info['cuda_missing']}")
+    global DEVICE, THREAD_COUNTS
+    DEVICE, THREAD_COUNTS = "cuda", [1]
+    # Not torch.set_default_device, which is a mode of torch functions: every call of an activation would go through Python, as
+    # calls under such a mode do, and never take the way that calls without one take.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*set_default_tensor_type\(\) is deprecated", UserWarning)
+        torch.set_default_tensor_type(torch.cuda.FloatTensor)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"device: {torch.cuda.get_device_name() if DEVICE == 'cuda' else 'cpu'}; FASTACT_TEST_SEED={SEED}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE == "cpu":
+        return
+    for item in items:
+        mark = item.get_closest_marker("cpu_only")
+        reason = mark.args[0] if mark else CPU_ONLY_FILES.get(item.path.stem)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=f"about the CPU: {reason}"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -41,20 +128,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "dtype" in metafunc.fixturenames:
         metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
     if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", ISAS, indirect=True)
+        metafunc.parametrize("isa", ISAS if DEVICE == "cpu" else ["cuda"], indirect=True)
 
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert _C.use_isa(request.param)
+    if DEVICE == "cpu":
+        assert _C.use_isa(request.param)
     yield request.param
-    _C.use_isa(BEST_ISA)
+    if DEVICE == "cpu":
+        _C.use_isa(BEST_ISA)
 
 
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     request.node.add_report_section("setup", "seed", f"FASTACT_TEST_SEED={SEED}")
-    return torch.Generator().manual_seed(SEED)
+    return torch.Generator(DEVICE).manual_seed(SEED)
 
 
 @pytest.fixture

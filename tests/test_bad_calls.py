@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ALL_ROWS, ELEMENTWISE
+from conftest import ALL_ROWS, DEVICE, ELEMENTWISE
 from torch import Tensor
 
 import fastact
@@ -114,7 +114,7 @@ ODD_TENSORS: dict[str, Callable[[], Tensor]] = {
     "parameter": lambda: torch.nn.Parameter(plain()),
     "more than memory": lambda: torch.ones(1).expand(2**52),
 }
-if torch.backends.mkldnn.is_available():
+if torch.backends.mkldnn.is_available() and DEVICE == "cpu":
     ODD_TENSORS["mkldnn"] = lambda: plain().to_mkldnn()
 
 
@@ -416,9 +416,9 @@ BAD_PAIRS: dict[str, tuple[Callable[[], Any], Callable[[], Any], type[Exception]
         NotImplementedError,
         "not implemented for 'ComplexFloat'",
     ),
-    "devices": (lambda: torch.ones(3).to("meta"), lambda: torch.ones(3), RuntimeError, "dy is on meta .*cpu"),
-    "devices, turned": (lambda: torch.ones(3), lambda: torch.ones(3).to("meta"), RuntimeError, "dy is on cpu .*meta"),
-    "sparse": (lambda: torch.ones(3).to_sparse(), lambda: torch.ones(3), NotImplementedError, "SparseCPU"),
+    "devices": (lambda: torch.ones(3).to("meta"), lambda: torch.ones(3), RuntimeError, f"dy is on meta .*{DEVICE}"),
+    "devices, turned": (lambda: torch.ones(3), lambda: torch.ones(3).to("meta"), RuntimeError, f"dy is on {DEVICE}.* .*meta"),
+    "sparse": (lambda: torch.ones(3).to_sparse(), lambda: torch.ones(3), NotImplementedError, f"Sparse{DEVICE.upper()}"),
     "None": (lambda: None, lambda: torch.ones(3), RuntimeError, "dy"),
     "list": (lambda: [1.0], lambda: torch.ones(1), RuntimeError, "dy"),
 }

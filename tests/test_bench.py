@@ -10,13 +10,13 @@ import torch
 from fastact._registry import elementwise, softmax
 from fastact.bench import __main__ as program
 from fastact.bench import cases as cases_module
-from fastact.bench.cases import DTYPES, TENSORS_MOVED, Case, make_cases, op_names
+from fastact.bench.cases import DTYPES, TENSORS_MOVED, Case, Inputs, make_cases, op_names, sides
 from fastact.bench.check import WrongResult
 from fastact.bench.compiling import Compiler
 from fastact.bench.environment import Neighbours, environment
 from fastact.bench.measure import measure
 from fastact.bench.report import Report
-from fastact.bench.timing import Timer
+from fastact.bench.timing import CallTimer, CudaTimer, Spread, Timer
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,21 @@ def test_traffic_and_ratios_follow_from_the_times():
         moved = TENSORS_MOVED[row.direction] * 300 * 8
         assert row.gigabytes_per_second == pytest.approx(moved / row.ours.median / 1e9)
         assert row.ratio_eager == pytest.approx(row.eager.median / row.ours.median)
+
+
+def test_baselines_compute_what_is_measured(any_row):
+    """Else a ratio would compare two different things: torch's own op, and what is compiled of it, give our gradient."""
+    case = Case(any_row, "float64", "small", (30, 10), -1 if any_row is softmax else None)
+    for direction, side in sides(case, Inputs(case, "cpu")).items():
+        torch._dynamo.reset()  # the functions share their code object, of which it keeps a few versions only
+        expected = side.ours()
+        compiled = side.compiled(lambda f: torch.compile(f, backend="eager", fullgraph=True))
+        for baseline in (side.eager, compiled):
+            # Some roundings of float64, of both.
+            torch.testing.assert_close(baseline(), expected, rtol=1e-13, atol=1e-15, msg=f"{any_row.name} {direction}")
+    assert "autograd through that" not in sides(case, Inputs(case, "cpu"))["backward"].baseline or (
+        any_row.name == "scaled_sigmoid"
+    ), "torch has a backward op for all others"
 
 
 @pytest.mark.parametrize(
@@ -205,6 +220,140 @@ def test_a_failing_compiler_costs_a_column_and_is_explained():
 
     assert [row.compiled for row in measure(cases, "cpu", 0.0, compiler)] == [None] * 3
     assert compiler.notes() == ["3 rows without torch.compile: RuntimeError: no C++ compiler"]
+
+
+class FakeGpu:
+    """Two clocks: of the host, and of a stream in which work begins when it is launched or when what is before it is done."""
+
+    FLUSH, LAUNCH = 300e-6, 2e-6
+
+    def __init__(self, monkeypatch):
+        self.host = self.stream = 0.0
+        self.flushes = 0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                gpu.launch(0.0)
+                self.at = gpu.stream
+
+            def query(self):
+                return self.at <= gpu.host
+
+            def synchronize(self):
+                gpu.host = max(gpu.host, self.at)
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) * 1e3
+
+        class Buffer:
+            def zero_(self):
+                gpu.flushes += 1
+                gpu.launch(gpu.FLUSH)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch, "empty", lambda *_, device, **__: Buffer())
+
+    def synchronize(self):
+        self.host = max(self.host, self.stream)
+
+    def launch(self, seconds):
+        self.host += self.LAUNCH
+        self.stream = max(self.stream, self.host) + seconds
+
+    def call(self, host, device):
+        """A call that keeps the host busy before it launches one kernel."""
+
+        def work():
+            self.host += host
+            self.launch(device)
+
+        return work
+
+
+@pytest.mark.parametrize("host", [5e-6, 250e-6, 1.5e-3], ids=lambda seconds: f"{seconds * 1e6:.0f} us")
+def test_device_time_is_free_of_the_hosts(monkeypatch, host):
+    """However long the host takes to launch a kernel, and after whichever call: only the kernel is timed."""
+    gpu = FakeGpu(monkeypatch)
+    timer = CudaTimer()
+    quick, slow = timer.prepare(gpu.call(1e-6, 3e-6)), timer.prepare(gpu.call(host, 7e-6))
+    for _ in range(3):
+        assert quick() == pytest.approx(3e-6)
+        assert slow() == pytest.approx(7e-6)
+    # And no more is written than that takes.
+    gpu.flushes = 0
+    quick()
+    assert gpu.flushes == 1
+
+
+def test_a_call_that_waits_for_the_device_is_timed_as_it_is(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+
+    def waits():
+        gpu.synchronize()
+        gpu.call(1e-6, 3e-6)()
+
+    assert CudaTimer().prepare(waits)() >= 4e-6
+
+
+def test_wall_time_of_a_call_has_one_wait_for_many(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    monkeypatch.setattr("fastact.bench.timing.time.perf_counter", lambda: gpu.host)
+    take = CallTimer().prepare(gpu.call(8e-6, 1e-6))
+    # The launch included; the kernel of the last call alone is waited for.
+    assert take() == pytest.approx(10e-6, rel=0.01)
+
+
+def test_cases_for_a_gpu():
+    cases = make_cases(op_names(), ["float32"], device="cuda")
+    sizes = {case.elements for case in cases if case.dim is None}
+    assert min(sizes) == 1
+    assert max(sizes) * 4 == 1 << 30
+    softmax_cases = [case for case in cases if case.dim is not None]
+    assert len({(case.shape, case.dim) for case in softmax_cases}) == len(softmax_cases)
+    rows = [case for case in softmax_cases if case.label.startswith("rows of")]
+    assert {case.shape[1] for case in rows} >= {1024, 262144}
+    assert {case.elements * 4 for case in rows} == {1 << 28}
+    for device in ("cpu", "cuda"):
+        quick = make_cases(op_names(), ["float32"], quick=True, device=device)
+        assert {case.row.name for case in quick} == set(op_names())
+
+
+def test_wall_times_stand_in_the_table_and_the_file(report_file):
+    """Of a report from a GPU; older files, which have none, can still be read."""
+    report = Report.load(report_file)
+    assert all(row.call is None for row in report.rows)
+    assert "wall time" not in report.table()
+    report.environment["device"] = "cuda"
+    report.rows = [
+        dataclasses.replace(row, call=Spread(4e-6, 3e-6, 5e-6), call_eager=Spread(6e-6, 6e-6, 6e-6)) for row in report.rows
+    ]
+    report.save(report_file)
+
+    table = Report.load(report_file).table()
+    assert "wall time per call" in table
+    assert "1.50" in table
+    assert max(len(line) for line in table.splitlines()[2:]) <= 110
+
+    data = json.loads(report_file.read_text())
+    for row in data["rows"]:
+        del row["call"], row["call_eager"], row["call_compiled"]
+    report_file.write_text(json.dumps(data))
+    assert all(row.call is None for row in Report.load(report_file).rows)
+
+
+def test_a_gpu_that_is_not_there_is_said_before_measuring(monkeypatch, capsys):
+    monkeypatch.setattr(program, "build_info", lambda: {"cuda_missing": "there was no nvcc"})
+    for available, said in [(False, "finds no CUDA device"), (True, "built without CUDA: there was no nvcc")]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        with pytest.raises(SystemExit) as exit:
+            run("--device", "cuda")
+        assert exit.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 def test_busy_neighbours_are_reported(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """A result does not depend on where its input lies in memory, on what lies around it, or on how many threads there are.
 
-Every comparison is bit for bit, with the result for a fresh contiguous tensor of the same values.
+Every comparison is bit for bit, with the result for a fresh contiguous tensor of the same values. Only softmax on CUDA, whose
+sums follow the order of the elements in memory, may give another last digit in another layout: see `softmax_slack`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import ELEMENTWISE, parameter_sets
+from conftest import ELEMENTWISE, THREAD_COUNTS, bits, parameter_sets, softmax_slack
 from torch import Tensor
 
 from fastact import _C
 from fastact._registry import Row
 
 GRAIN = 32768  # elements from which several threads share the work
-INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +27,15 @@ def one_thread(threads: None) -> None:
     torch.set_num_threads(1)
 
 
-def bits(t: Tensor) -> Tensor:
-    return t.contiguous().view(INTEGER[t.dtype.itemsize])
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor, what: str, x: Tensor | None = None) -> None:
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str, x: Tensor | None = None, slack: Tensor | None = None) -> None:
+    """With a slack: the same to within it."""
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} instead of {expected.dtype}"
     wrong = bits(actual) != bits(expected)
+    if slack is not None:
+        largest = torch.finfo(expected.dtype).max  # an infinity is next to it
+        distance = (actual.double().clamp(-largest, largest) - expected.double().clamp(-largest, largest)).abs()
+        wrong &= ~(distance <= slack) & ~(actual.isnan() & expected.isnan())
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         shown = f"x = {x[at].item()!r}, " if x is not None else ""
@@ -47,7 +48,7 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str, x: Tensor | No
 def random_values(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Of all signs and sizes, finite: NaN is what guards are made of."""
     x = torch.randn(shape, generator=generator, dtype=torch.float64) * 4
-    return (x * 10 ** torch.randint(-3, 3, shape, generator=generator)).clamp(-6e4, 6e4).to(dtype)
+    return (x * 10.0 ** torch.randint(-3, 3, shape, generator=generator)).clamp(-6e4, 6e4).to(dtype)
 
 
 def arguments(row: Row, dim: int = -1) -> tuple[float, ...]:
@@ -61,6 +62,11 @@ def all_arguments(row: Row) -> list[tuple[float, ...]]:
 
 def saved_for(row: Row, x: Tensor, *args: float) -> Tensor:
     return x if row in ELEMENTWISE and row.saves_input(*args) else row.op(x, *args)
+
+
+def slack_of(row: Row, dim: float, y: Tensor, dy: Tensor | None = None) -> Tensor | None:
+    """What another layout may change: of elementwise activations nothing, on any device."""
+    return None if row in ELEMENTWISE else softmax_slack(y.dtype, int(dim), y, dy)
 
 
 # ---- Offsets, lengths, guards ----------------------------------------------------------------------------------------
@@ -213,10 +219,11 @@ def test_layouts(any_row: Row, dtype: torch.dtype, isa: str, generator: torch.Ge
     x = random_values((3, 5, 4, 6), dtype, generator)
     for args in all_arguments(any_row) if any_row in ELEMENTWISE else [(dim,) for dim in range(-4, 4)]:
         expected = any_row.op(x, *args)
+        slack = None if any_row in ELEMENTWISE else slack_of(any_row, args[0], expected)
         for name, view in layouts(x):
             before = view.clone()
             what = f"{any_row.name}{args} {dtype} {isa}, {name}"
-            assert_same_bits(any_row.op(view, *args), expected, what, x)
+            assert_same_bits(any_row.op(view, *args), expected, what, x, slack)
             assert_same_bits(view, before, f"{what}: the input")
         x5, e5 = lone_dims(x), lone_dims(expected)
         args5 = args if any_row in ELEMENTWISE else (args[0] % 4 + 1,)
@@ -230,11 +237,12 @@ def test_layouts_backward(any_row: Row, dtype: torch.dtype, generator: torch.Gen
     args = arguments(any_row, dim=1)
     saved = saved_for(any_row, x, *args)
     expected = any_row.backward_op(dy, saved, *args)
+    slack = slack_of(any_row, 1, saved, dy)
     saved_layouts = list(layouts(saved))
     for dy_name, dy_view in layouts(dy):
         for saved_name, saved_view in saved_layouts:
             what = f"{any_row.name} {dtype}, dy {dy_name}, saved {saved_name}"
-            assert_same_bits(any_row.backward_op(dy_view, saved_view, *args), expected, what)
+            assert_same_bits(any_row.backward_op(dy_view, saved_view, *args), expected, what, slack=slack)
         assert_same_bits(dy_view, dy, f"{any_row.name} {dtype}, dy {dy_name}: dy after backward")
     for saved_name, saved_view in saved_layouts:
         assert_same_bits(saved_view, saved, f"{any_row.name} {dtype}, saved {saved_name}: the saved tensor after backward")
@@ -281,17 +289,17 @@ def test_expanded(any_row: Row, dtype: torch.dtype, isa: str, generator: torch.G
     for name, view in expanded(x):
         plain = view.contiguous().clone()
         what = f"{any_row.name} {dtype} {isa}, {name}"
-        assert_same_bits(any_row.op(view, *args), any_row.op(plain, *args), what, plain)
-        assert_same_bits(
-            any_row.backward_op(dy, view, *args), any_row.backward_op(dy, plain, *args), f"{what}, as saved", plain
-        )
+        plain_y = any_row.op(plain, *args)
+        assert_same_bits(any_row.op(view, *args), plain_y, what, plain, slack_of(any_row, 2, plain_y))
+
+        def compare(pair: tuple[Tensor, Tensor], plain_pair: tuple[Tensor, Tensor], what: str) -> None:
+            actual, expected = (any_row.backward_op(*tensors, *args) for tensors in (pair, plain_pair))
+            assert_same_bits(actual, expected, what, plain_pair[0], slack_of(any_row, 2, plain_pair[1], plain_pair[0]))
+
+        compare((dy, view), (dy, plain), f"{what}, as saved")
         for layout, saved in [("", y), (" to channels_last", y.contiguous(memory_format=torch.channels_last))]:
-            assert_same_bits(
-                any_row.backward_op(view, saved, *args), any_row.backward_op(plain, y, *args), f"{what}, as dy{layout}", plain
-            )
-        assert_same_bits(
-            any_row.backward_op(view, view, *args), any_row.backward_op(plain, plain, *args), f"{what}, as dy and saved", plain
-        )
+            compare((view, saved), (plain, y), f"{what}, as dy{layout}")
+        compare((view, view), (plain, plain), f"{what}, as dy and saved")
         assert_same_bits(view, plain, f"{what}: the input")
 
 
@@ -348,7 +356,7 @@ def test_random_layouts(any_row: Row, dtype: torch.dtype, generator: torch.Gener
         before, version = plain.clone(), x._version
         y = any_row.op(x, *args)
         expected = any_row.op(plain, *args)
-        assert_same_bits(y, expected, what, plain)
+        assert_same_bits(y, expected, what, plain, None if any_row in ELEMENTWISE else slack_of(any_row, args[0], expected))
         dense += is_dense(x)
         if any_row in ELEMENTWISE:
             assert y.stride() == torch.sigmoid(x).stride() or is_dense(x), f"{what}: result has strides {y.stride()}"
@@ -360,8 +368,10 @@ def test_random_layouts(any_row: Row, dtype: torch.dtype, generator: torch.Gener
         dy = random_values(tuple(x.permute(order).shape), dtype, generator).permute([order.index(d) for d in range(x.dim())])
         saved = saved_for(any_row, x, *args)
         dx = any_row.backward_op(dy, saved, *args)
-        plain_dx = any_row.backward_op(dy.contiguous(), saved_for(any_row, plain, *args), *args)
-        assert_same_bits(dx, plain_dx, f"{what}, gradient", plain)
+        # The same saved values, so that only the layouts differ.
+        plain_dx = any_row.backward_op(dy.contiguous(), saved.clone(memory_format=torch.contiguous_format), *args)
+        slack = None if any_row in ELEMENTWISE else slack_of(any_row, args[0], saved, dy)
+        assert_same_bits(dx, plain_dx, f"{what}, gradient", plain, slack)
         assert_same_bits(x, before, f"{what}: the input")
         assert x._version == version, f"{what}: the input's version"
     # So that both kinds stay among what is drawn.
@@ -417,6 +427,7 @@ def with_threads(count: int, f: Callable[[], Tensor]) -> Tensor:
         torch.set_num_threads(1)
 
 
+@pytest.mark.cpu_only("the threads of the CPU")
 def test_threads_are_used() -> None:
     """Else the tests below would compare one thread with itself."""
     torch.set_num_threads(3)
@@ -435,7 +446,7 @@ def test_threads(row: Row, dtype: torch.dtype, size: int, generator: torch.Gener
     # Not aligned, and every other element: the copy that this takes is shared among threads too.
     slice_, sparse = torch.cat([x[:1], x])[1:], torch.stack([x, x], 1)[:, 0]
     x_before, dy_before = x.clone(), dy.clone()
-    for count in (1, 2, 3):
+    for count in THREAD_COUNTS:
         what = f"{row.name} {dtype}, {size} elements, {count} threads"
         for name, view in [("contiguous", x), ("at an offset", slice_), ("every other", sparse)]:
             assert_same_bits(with_threads(count, lambda view=view: row.op(view, *args)), y, f"{what}, {name}", x)
@@ -463,7 +474,7 @@ def test_threads_and_layouts(row: Row, shape: tuple[int, ...], order: tuple[int,
     saved = saved_for(row, x, *args)
     dx = row.backward_op(dy, saved, *args)
     assert x.numel() > 2 * GRAIN
-    for count in (1, 2, 3):
+    for count in THREAD_COUNTS:
         what = f"{row.name} {shape} {order}, {count} threads"
         result = with_threads(count, lambda: row.op(permuted_x, *args))
         assert_same_bits(result, y, what, x)
@@ -547,7 +558,8 @@ def test_gradients_in_any_layout(any_row: Row, dtype: torch.dtype, generator: to
         (dy,) = torch.autograd.grad(way(leaf), leaf)
         saved = saved_for(any_row, x.detach(), *args)
         expected = any_row.backward_op(dy.contiguous().clone(), saved, *args)
-        assert_same_bits(dx, expected, f"{any_row.name} {dtype}, gradient of {name}", x.detach())
+        slack = slack_of(any_row, 1, saved, dy)
+        assert_same_bits(dx, expected, f"{any_row.name} {dtype}, gradient of {name}", x.detach(), slack)
         # Once more over the same graph: nothing that was kept has changed.
         (again,) = torch.autograd.grad(way(y), x)
         assert_same_bits(again, dx, f"{any_row.name} {dtype}, gradient of {name}, again")

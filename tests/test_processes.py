@@ -23,6 +23,7 @@ def python(code: str, timeout: float = 120, **environment: str) -> subprocess.Co
     )
 
 
+@pytest.mark.cpu_only("a process of its own, which computes there")
 def test_call_in_a_forked_child_returns() -> None:
     """The child has none of the parent's OpenMP threads: torch's own ops wait for them for ever."""
     made = python(
@@ -65,6 +66,7 @@ def test_python_threads_agree(any_row: _registry.Row) -> None:
     assert not wrong
 
 
+@pytest.mark.cpu_only("calls on a GPU return before the work is done")
 def test_interpreter_lock_is_released_in_long_calls() -> None:
     """Another Python thread gets on while a large tensor is computed."""
     x = torch.linspace(-1, 1, 1 << 25)
@@ -90,6 +92,7 @@ def test_interpreter_lock_is_released_in_long_calls() -> None:
     assert ticks > 4
 
 
+@pytest.mark.cpu_only("a process of its own, which computes there")
 def test_import_leaves_the_floating_point_mode() -> None:
     """A library linked with fast-math turns gradual underflow off for the whole thread when it is loaded."""
     made = python(
@@ -102,6 +105,7 @@ assert (torch.tensor(1e-38) / 16).item() > 0
     assert made.returncode == 0, made.stderr
 
 
+@pytest.mark.cpu_only("a process of its own, which computes there")
 def test_flush_mode_of_the_user_is_kept() -> None:
     made = python(
         """
@@ -114,6 +118,7 @@ assert (torch.tensor(1e-38) / 16).item() == 0
     assert made.returncode == 0, made.stderr
 
 
+@pytest.mark.cpu_only("the instruction sets of the CPU")
 @pytest.mark.parametrize("level", [*ISAS, "amx", ""])
 def test_environment_lowers_the_isa_and_never_raises_it(level: str) -> None:
     made = python("import fastact; print(fastact.build_info()['isa'])", FASTACT_ISA=level)
@@ -130,6 +135,19 @@ def test_another_torch_is_named_at_import(monkeypatch: pytest.MonkeyPatch) -> No
     assert _built.TORCH in str(raised.value)
     monkeypatch.setattr(torch, "__version__", _build.release(_built.TORCH) + "+cu130")
     _build.check()
+
+
+def test_another_cuda_is_named_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build for one CUDA under a torch for another, or for none: both have other libraries."""
+    from fastact import _built
+
+    monkeypatch.setattr(_built, "CUDA", "13.0")
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    _build.check()
+    for other in ("12.8", None):
+        monkeypatch.setattr(torch.version, "cuda", other)
+        with pytest.raises(ImportError, match=r"built with CUDA 13\.0.*pip install"):
+            _build.check()
 
 
 def test_source_folder_without_a_build_says_so(tmp_path: Path) -> None:
@@ -151,8 +169,13 @@ def test_info_program() -> None:
 
 def test_build_info_keys() -> None:
     info = fastact.build_info()
-    assert info["torch"] == _build.release(torch.__version__)
+    assert _build.release(info["torch"]) == _build.release(torch.__version__)
     assert info["isa"] in info["isa_levels"]
     assert info["threads"] == torch.get_num_threads()
-    assert info["cuda"] is None
-    assert info["cuda_architectures"] == []
+    if info["cuda"] is None:
+        assert info["cuda_architectures"] == []
+        assert info["cuda_missing"]
+    else:
+        assert info["cuda_missing"] is None
+        assert torch.version.cuda is not None, "a build for CUDA under a torch without it"
+        assert info["cuda_architectures"]

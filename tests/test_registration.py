@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ALL_ROWS, ELEMENTWISE, parameter_sets
+from conftest import ALL_ROWS, DEVICE, ELEMENTWISE, parameter_sets
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -231,7 +231,7 @@ def test_in_place_without_data(row: _registry.Row, generator: torch.Generator) -
 def test_dtypes_without_a_kernel_are_refused_without_data_too(any_row: _registry.Row) -> None:
     values = arguments(any_row)[0]
     for dtype in (torch.int64, torch.bool, torch.complex64):
-        for device in ("cpu", "meta"):
+        for device in (DEVICE, "meta"):
             x = torch.ones(2, 3, dtype=dtype, device=device)
             calls = [lambda x=x: any_row.op(x, *values), lambda x=x: any_row.backward_op(x, x, *values)]
             if any_row is not _registry.softmax:

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ALL_ROWS, ELEMENTWISE, SEED
+from conftest import ALL_ROWS, DEVICE, ELEMENTWISE, SEED
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -34,6 +34,7 @@ def op_db() -> list[Any]:
     They are made for torch's own test runs: importing them takes seconds, forbids to change flags of torch.backends, replaces
     two methods and sets environment variables. So this is done late, and what it changes is put back for the tests that follow.
     """
+    pytest.importorskip("expecttest", reason="torch's samples import expecttest: pip install 'fastact[test]'")
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ), warnings.catch_warnings():
         patch.setattr(torch.backends, "disable_global_flags", lambda: None)
         for replaced in (torch._C.ScriptFunction, torch._C.ScriptMethod):
@@ -47,7 +48,7 @@ def op_db() -> list[Any]:
 @pytest.fixture
 def drawn(generator: torch.Generator) -> Iterator[torch.Generator]:
     """The samples come from torch's global generator: seeded as the others are, and put back."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[] if DEVICE == "cpu" else [0]):
         torch.manual_seed(SEED)
         yield generator
 
@@ -89,7 +90,7 @@ def test_torch_samples(row_of_torch: _registry.Row, dtype: torch.dtype, op_db: l
     for info in descriptions(op_db, row_of_torch):
         count = 0
         # Not listed first: a sample that a test changes must not be blamed on another.
-        for sample in info.reference_inputs("cpu", dtype, requires_grad=True):
+        for sample in info.reference_inputs(DEVICE, dtype, requires_grad=True):
             x = sample.input.detach().requires_grad_()
             about = f"{info.full_name} of {tuple(x.shape)} strides {x.stride()} {sample.args} {sample.kwargs}"
             actual, expected = (f(x, *sample.args, **sample.kwargs) for f in (row_of_torch.function, info.op))
@@ -108,7 +109,7 @@ def test_torch_samples(row_of_torch: _registry.Row, dtype: torch.dtype, op_db: l
 @each_row_of_torch
 def test_gradients_of_torch_samples(row_of_torch: _registry.Row, op_db: list[Any], drawn: torch.Generator) -> None:
     for info in descriptions(op_db, row_of_torch):
-        for sample in info.sample_inputs("cpu", torch.float64, requires_grad=True):
+        for sample in info.sample_inputs(DEVICE, torch.float64, requires_grad=True):
             f = partial(row_of_torch.function, **sample.kwargs)
             inputs = (sample.input, *sample.args)
             assert gradcheck(f, inputs, check_forward_ad=True, check_batched_grad=True), info.full_name

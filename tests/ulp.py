@@ -26,7 +26,14 @@ def ulp_of(expected: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance of neighbouring numbers of `dtype` at the exact values, which are float64."""
     fraction, smallest = FORMATS[dtype]
     _, exponent = torch.frexp(expected)
-    return torch.ldexp(torch.ones_like(expected), (exponent - 1 - fraction).clamp(min=smallest))
+    # The exponent of what is not finite means nothing, and may be any number.
+    return power_of_two((exponent.long() - 1 - fraction).clamp(smallest, 1023))
+
+
+def power_of_two(n: Tensor) -> Tensor:
+    """2^n in float64, from its bits: exact on every device, where a general power need not be."""
+    normal, subnormal = n.clamp(min=-1022) + 1023 << 52, torch.ones_like(n) << (n + 1074).clamp(0, 51)
+    return torch.where(n >= -1022, normal, subnormal).view(torch.float64)
 
 
 @dataclass
@@ -55,12 +62,14 @@ class Worst:
         return f"{self.error:.3f} ULP at x = {self.x!r}: expected {self.expected!r}, got {self.actual!r}"
 
 
-def patterns(dtype: torch.dtype, step: int = 1) -> Iterator[Tensor]:
+def patterns(
+    dtype: torch.dtype, step: int = 1, chunk: int = CHUNK, device: torch.device | str | None = None
+) -> Iterator[Tensor]:
     """Every step-th bit pattern of a 16- or 32-bit dtype, in chunks."""
     integer = INTEGERS[dtype]
     bits = torch.iinfo(integer).bits
-    for start in range(0, 1 << bits, CHUNK * step):
-        codes = torch.arange(start, min(start + CHUNK * step, 1 << bits), step, dtype=torch.int64)
+    for start in range(0, 1 << bits, chunk * step):
+        codes = torch.arange(start, min(start + chunk * step, 1 << bits), step, dtype=torch.int64, device=device)
         yield torch.where(codes >= 1 << (bits - 1), codes - (1 << bits), codes).to(integer).view(dtype)
 
 
