@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fastact import build_info
 from fastact.bench.cases import DTYPES, QUICK_DTYPES, TENSORS_MOVED, make_cases, op_names
 from fastact.bench.check import WrongResult
 from fastact.bench.compiling import Compiler
@@ -18,7 +19,8 @@ from fastact.bench.measure import measure
 from fastact.bench.progress import with_progress
 from fastact.bench.report import Report, compare
 
-COMPILE_SECONDS = {True: 25.0, False: 150.0}  # by --quick
+# By device and --quick: on a GPU torch.compile tries several kernels for every shape.
+COMPILE_SECONDS = {"cpu": {True: 25.0, False: 150.0}, "cuda": {True: 60.0, False: 600.0}}
 CASE_SECONDS = {True: 0.03, False: 0.1}
 
 
@@ -31,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--plot needs matplotlib: pip install 'fastact[bench]'")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch finds no CUDA device")
+    if options.device == "cuda" and (missing := build_info()["cuda_missing"]):
+        parser.error(f"--device cuda: this fastact was built without CUDA: {missing}")
     for path in filter(None, (options.json, options.plot)):
         if not path.absolute().parent.is_dir():
             parser.error(f"no such directory: {path.parent}")
@@ -81,18 +85,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--compare", type=Path, metavar="FILE", help="exit with 1 if a row is slower than in FILE")
     add("--from", dest="replot", type=Path, metavar="FILE", help="use these rows, measure nothing")
     add("--threads", type=int, metavar="N", help="threads torch and fastact use on the CPU")
+    add("--compile-seconds", type=float, metavar="S", help="time for torch.compile, after which its column stays empty")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     return parser
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     dtypes = options.dtypes or (QUICK_DTYPES if options.quick else DTYPES)
-    cases = make_cases(options.ops or op_names(), dtypes, options.quick)
+    cases = make_cases(options.ops or op_names(), dtypes, options.quick, options.device)
     report = Report(environment(options.device, arguments), rows=[])
     neighbours = Neighbours()
     compiler = None
     if not options.no_compile:
-        compiler = Compiler(options.device, COMPILE_SECONDS[options.quick])
+        seconds = COMPILE_SECONDS[options.device][options.quick]
+        compiler = Compiler(options.device, seconds if options.compile_seconds is None else options.compile_seconds)
         compiler.probe()
     try:
         rows = measure(cases, options.device, CASE_SECONDS[options.quick], compiler)

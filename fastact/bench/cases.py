@@ -36,16 +36,36 @@ SOFTMAX_SHAPES = (
 )
 QUICK_SOFTMAX_SHAPES = (SOFTMAX_SHAPES[0], SOFTMAX_SHAPES[1], SOFTMAX_SHAPES[3])
 
+# A GPU's caches are larger, and its memory is busy only with tensors of many MiB: up to 1 GiB of float32.
+CUDA_SIZES = (1, 64, 1000, 4096, 16384, 65536, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 28)
+QUICK_CUDA_SIZES = (1 << 26, 1 << 20, 64)
+
+# Rows of 1K to 256K, 256 MiB of float32 each time, and some that no vector divides.
+CUDA_SOFTMAX_SHAPES = (
+    *SOFTMAX_SHAPES,
+    ("ten classes", (1 << 20, 10), -1),
+    ("64 classes", (1 << 18, 64), -1),
+    *((f"rows of {1 << k}K", (1 << (16 - k), 1024 << k), -1) for k in (0, 2, 4, 6, 8)),
+    ("odd rows", (32768, 2049), -1),
+    ("odd rows", (8192, 8191), -1),
+    ("odd vocabulary", (1024, 50257), -1),
+    ("large segmentation", (16, 21, 512, 512), 1),
+    ("large columns", (8192, 8192), 0),
+    ("columns of a vocabulary", (50257, 128), 0),
+)
+QUICK_CUDA_SOFTMAX_SHAPES = (CUDA_SOFTMAX_SHAPES[0], CUDA_SOFTMAX_SHAPES[10], CUDA_SOFTMAX_SHAPES[17])
+
 # The fewest tensors a direction can read and write: x, y; dy, saved, dx; and all of these.
 TENSORS_MOVED = {"forward": 2, "backward": 3, "both": 5}
 
 _aten = torch.ops.aten
-# torch's own backward op and, made of (x, y, args), what it takes after dy.
+# torch's own backward op and, made of (x, y, args), what it takes after dy: one tensor among it.
 TWINS: dict[str, tuple[Any, Callable[..., tuple]]] = {
     "sigmoid": (_aten.sigmoid_backward.default, lambda x, y, args: (y,)),
     "tanh": (_aten.tanh_backward.default, lambda x, y, args: (y,)),
     "relu": (_aten.threshold_backward.default, lambda x, y, args: (y, 0)),
     "leaky_relu": (_aten.leaky_relu_backward.default, lambda x, y, args: (x, *args, False)),
+    "elu": (_aten.elu_backward.default, lambda x, y, args: (*args, 1, 1, False, x)),
     "softmax": (_aten._softmax_backward_data.default, lambda x, y, args: (y, *args, y.dtype)),
 }
 
@@ -73,16 +93,23 @@ def op_names() -> list[str]:
     return [*elementwise, softmax.name]
 
 
-def make_cases(ops: Iterable[str], dtypes: Iterable[str], quick: bool = False) -> list[Case]:
+def make_cases(ops: Iterable[str], dtypes: Iterable[str], quick: bool = False, device: str = "cpu") -> list[Case]:
     """In the order of measuring: should the time for compiling run out, the first have it."""
     ops = list(ops)
     rows = [row for name, row in elementwise.items() if name in ops]
+    sizes: tuple[int, ...]
+    shapes: tuple[tuple[str, tuple[int, ...], int], ...]
+    if device == "cuda":
+        sizes = QUICK_CUDA_SIZES if quick else CUDA_SIZES
+        shapes = QUICK_CUDA_SOFTMAX_SHAPES if quick else CUDA_SOFTMAX_SHAPES
+    else:
+        sizes = QUICK_SIZES if quick else SIZES
+        shapes = QUICK_SOFTMAX_SHAPES if quick else SOFTMAX_SHAPES
     cases = []
     for dtype in dtypes:
-        for size in QUICK_SIZES if quick else SIZES:
+        for size in sizes:
             cases += [Case(row, dtype, f"{size:,}", (size,)) for row in rows]
         if softmax.name in ops:
-            shapes = QUICK_SOFTMAX_SHAPES if quick else SOFTMAX_SHAPES
             cases += [Case(softmax, dtype, *shape) for shape in shapes]
     return cases
 
@@ -163,10 +190,11 @@ def _backward(case: Case, inputs: Inputs, with_args: Callable[[Tensor], Tensor])
     if row.name in TWINS:
         twin, operands = TWINS[row.name]
         rest = operands(x, y, args)
-        kept, *constants = rest
+        at = next(i for i, operand in enumerate(rest) if isinstance(operand, Tensor))
+        before, kept, after = rest[:at], rest[at], rest[at + 1 :]
 
         def with_constants(dy: Tensor, kept: Tensor) -> Tensor:
-            return twin(dy, kept, *constants)
+            return twin(dy, *before, kept, *after)
 
         return Sides(
             ours=ours,

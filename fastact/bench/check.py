@@ -15,9 +15,9 @@ from fastact.bench.cases import DTYPES, Case, Inputs, Sides
 # reference is no more precise than what it checks: its own sum of thousands is off by dozens.
 TOLERANCE = {"float32": 16, "bfloat16": 2, "float16": 2, "float64": 256}
 
-# Elements of an elementwise check at a time: its float64 intermediates stay in the cache, and torch
-# keeps to one thread, which is faster than waking others for each of a dozen small steps.
-CHUNK = 1 << 14
+# Elements of an elementwise check at a time. On the CPU its float64 intermediates stay in the cache, and torch
+# keeps to one thread, which is faster than waking others for each of a dozen small steps. A GPU wants much to do at once.
+CHUNK = {"cpu": 1 << 14, "cuda": 1 << 24}
 
 
 class WrongResult(Exception):
@@ -64,7 +64,8 @@ def _pieces(case: Case, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if case.dim is not None:
         yield tensors
     else:
-        yield from zip(*(t.flatten().split(CHUNK) for t in tensors), strict=True)
+        chunk = CHUNK[tensors[0].device.type]
+        yield from zip(*(t.flatten().split(chunk) for t in tensors), strict=True)
 
 
 def _fail(case: Case, direction: str, what: str) -> None:

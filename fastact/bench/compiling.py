@@ -15,6 +15,8 @@ class Compiler:
     """Makes the compiled side of a measurement, or remembers why there is none."""
 
     def __init__(self, device: str, seconds: float) -> None:
+        # The kernels of "max-autotune", but not in CUDA graphs: a graph of one kernel saves nothing on the device, copies its
+        # inputs to where it has recorded them, and overwrites its last result, which a graph that is retained still needs.
         self._mode = "max-autotune-no-cudagraphs" if device == "cuda" else "default"
         self._device = device
         self._left = seconds

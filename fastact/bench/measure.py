@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from fastact.bench.cases import TENSORS_MOVED, Case, Inputs, sides
 from fastact.bench.check import check
 from fastact.bench.compiling import Compiler
-from fastact.bench.timing import Call, CpuTimer, CudaTimer, Spread
+from fastact.bench.timing import Call, CallTimer, CpuTimer, CudaTimer, Spread
+
+# Up to here the wall time of a call is reported beside the time on a GPU: there the launch is most of it.
+CALL_ELEMENTS = 65536
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Measurement:
     share_of_copy: float
     ratio_eager: float
     ratio_compiled: float | None
+    # Wall times per call, for small tensors on a GPU: there the others are those of the device.
+    call: Spread | None = None
+    call_eager: Spread | None = None
+    call_compiled: Spread | None = None
 
 
 def measure(
@@ -51,6 +58,9 @@ def measure(
             calls: dict[str, Call] = {"ours": side.ours, "eager": side.eager}
             if compiler and (compiled := compiler(side)):
                 calls["compiled"] = compiled
+            walls: dict[str, Spread] = {}
+            if device == "cuda" and case.elements <= CALL_ELEMENTS:
+                walls = CallTimer()(calls, seconds)
             calls["copy"] = inputs.copy(direction)
             times = timer(calls, seconds)
             ours, rival = times["ours"], times.get("compiled")
@@ -71,4 +81,7 @@ def measure(
                 share_of_copy=times["copy"].median / ours.median,
                 ratio_eager=times["eager"].median / ours.median,
                 ratio_compiled=rival.median / ours.median if rival else None,
+                call=walls.get("ours"),
+                call_eager=walls.get("eager"),
+                call_compiled=walls.get("compiled"),
             )

@@ -15,7 +15,7 @@ from fastact.bench.timing import Spread
 
 # A row is slower only if both say so: small times jitter by ratio, large ones by amount.
 SLOWER_BY_SHARE = 0.10
-SLOWER_BY_SECONDS = 20e-6
+SLOWER_BY_SECONDS = {"cpu": 20e-6, "cuda": 2e-6}
 
 
 @dataclass
@@ -31,15 +31,16 @@ class Report:
     def load(cls, path: Path) -> Report:
         data = json.loads(path.read_text())
         for row in data["rows"]:
-            for side in ("ours", "eager", "compiled"):
-                row[side] = row[side] and Spread(**row[side])
+            for side in ("ours", "eager", "compiled", "call", "call_eager", "call_compiled"):
+                row[side] = Spread(**row[side]) if row.get(side) else None
         return cls(data["environment"], [Measurement(**row) for row in data["rows"]], data["notes"])
 
     def title(self) -> str:
         e = self.environment
         isa = e["build"].get("isa")
         processor = f"{e['processor']} ({isa})" if isa and e["device"] == "cpu" else e["processor"]
-        return f"{processor}, {e['threads']} threads, torch {e['torch']}, {e['date']}"
+        how = f"{e['threads']} threads" if e["device"] == "cpu" else f"CUDA {e['build'].get('cuda')}"
+        return f"{processor}, {how}, torch {e['torch']}, {e['date']}"
 
     def table(self) -> str:
         build = ", ".join(f"{key} {value}" for key, value in self.environment["build"].items())
@@ -67,7 +68,21 @@ class Report:
                     f" {_number(row.gigabytes_per_second):>6} {row.share_of_copy:8.0%}"
                     f" {row.ratio_eager:8.2f} {_ratio(row.ratio_compiled):>9}"
                 )
+            if any(row.call for row in rows):
+                lines += self._call_times(rows, width)
         return "\n".join([*lines, "", *self._summary(ops), *self.notes])
+
+    @staticmethod
+    def _call_times(rows: list[Measurement], width: int) -> Iterator[str]:
+        yield "  wall time per call, of many calls in a row"
+        yield f"  {'dtype':8}  {'elements':>{width}}  {'':8} {'median':>9} {'quartiles':>17} {'x eager':>8} {'x compile':>9}"
+        for row in rows:
+            if row.call and row.call_eager:
+                compiled = row.call_compiled.median / row.call.median if row.call_compiled else None
+                yield (
+                    f"  {row.dtype:8}  {_size(row):>{width}}  {row.direction:8} {_spread(row.call)}"
+                    f" {row.call_eager.median / row.call.median:8.2f} {_ratio(compiled):>9}"
+                )
 
     def _summary(self, ops: list[str]) -> Iterator[str]:
         yield "geometric means of x eager and x compile, torch's time over ours"
@@ -88,8 +103,9 @@ def compare(old: Report, new: Report) -> tuple[str, bool]:
     before = {_identity(row): row.ours for row in old.rows}
     pairs = [(before[key], row) for row in new.rows if (key := _identity(row)) in before]
     pairs.sort(key=lambda pair: pair[1].ours.median / pair[0].median, reverse=True)
-    slower = [(was, row) for was, row in pairs if _is_slower(row.ours, was)]
-    faster = [(was, row) for was, row in pairs if _is_slower(was, row.ours)]
+    seconds = SLOWER_BY_SECONDS[new.environment["device"]]
+    slower = [(was, row) for was, row in pairs if _is_slower(row.ours, was, seconds)]
+    faster = [(was, row) for was, row in pairs if _is_slower(was, row.ours, seconds)]
     lines = [f"old: {old.title()}", f"new: {new.title()}", ""]
     for word, changed in (("slower", slower), ("faster", faster)):
         for was, row in changed:
@@ -98,7 +114,7 @@ def compare(old: Report, new: Report) -> tuple[str, bool]:
             lines.append(f"  {word} {change:+5.0%}  {_time(was)} -> {_time(row.ours)}  {what}")
     lines.append(
         f"{len(pairs)} of {len(new.rows)} rows compared, {len(slower)} slower and {len(faster)} "
-        f"faster by {SLOWER_BY_SHARE:.0%} and {SLOWER_BY_SECONDS * 1e6:.0f} us at least"
+        f"faster by {SLOWER_BY_SHARE:.0%} and {seconds * 1e6:.0f} us at least"
     )
     return "\n".join(lines), bool(slower) or not pairs
 
@@ -107,8 +123,8 @@ def _identity(row: Measurement) -> tuple:
     return row.op, row.direction, row.dtype, *row.shape, row.dim
 
 
-def _is_slower(one: Spread, other: Spread) -> bool:
-    margin = max(other.median * SLOWER_BY_SHARE, SLOWER_BY_SECONDS)
+def _is_slower(one: Spread, other: Spread, seconds: float) -> bool:
+    margin = max(other.median * SLOWER_BY_SHARE, seconds)
     return one.median - other.median > margin
 
 
