@@ -33,11 +33,11 @@ format: .venv/.linters                  ## let ruff and clang-format write what 
 install-check: .venv/.built             ## the ways to install, each in an environment of its own
 	$(BIN)/python tools/install_check.py
 
-cuda-check: .venv/.cuda-check           ## what nvcc makes of the CUDA kernels: warnings, spills, 16-byte accesses; no GPU
-	$(BIN)/python tools/cuda_check.py
+cuda-check: .venv-cuda/.made            ## what nvcc makes of the CUDA kernels: warnings, spills, 16-byte accesses; no GPU
+	.venv-cuda/bin/python tools/cuda_check.py
 
-cuda-link: .venv/.cuda-check            ## link the whole extension against a CUDA build of torch (530 MB); no GPU
-	$(BIN)/python tools/cuda_link.py
+cuda-link:                              ## build against a torch with CUDA, and import it (fetches 0.7 GB); no GPU
+	$(PYTHON) tools/cuda_link.py
 
 # With PYTHON, its torch and the nvcc there as they are, and no network.
 gpu-test: gpu-build gpu-kernels gpu-suite gpu-sanitize  ## everything on a GPU
@@ -63,7 +63,7 @@ gpu-sanitize:
 	$(SANITIZE) --tool synccheck $(PYTHON) tests/cuda_sanitize.py
 
 clean:
-	rm -rf .venv build dist *.egg-info fastact/*.so fastact/_built.py
+	rm -rf .venv .venv-cuda build dist *.egg-info fastact/*.so fastact/_built.py
 
 $(STAMP):
 	rm -rf .venv
@@ -80,6 +80,11 @@ $(STAMP):
 	$(BIN)/pip install --quiet --editable '.[lint]'
 	touch $@
 
-.venv/.cuda-check: $(STAMP) pyproject.toml .venv/.built
-	$(BIN)/pip install --quiet --editable '.[cuda-check]'
+# Apart from .venv, whose torch may want other versions of CUDA's packages.
+.venv-cuda/.made: pyproject.toml
+	rm -rf .venv-cuda
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/pip install --quiet --upgrade pip
+	.venv-cuda/bin/pip install --quiet --group cuda-check
+	.venv-cuda/bin/python tools/cuda_check.py --nvcc >/dev/null 2>&1 || .venv-cuda/bin/pip install --quiet --group cuda-compiler
 	touch $@

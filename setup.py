@@ -27,8 +27,9 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"
 CXX_FLAGS += ["-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter"]
 CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden"]
-# In torch's spelling. PTX of the last serves what comes after it.
-CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+# The generations of data centre GPUs; others run one of these, or make their own of the PTX of the last.
+DEFAULT_GPUS = ["8.0", "9.0", "10.0"]
+OLDEST_GPU = (8, 0)
 CUDA_BOUNDARY = "csrc/torch/cuda.cpp"
 
 
@@ -56,25 +57,49 @@ def cuda_missing(torch_cuda: str | None, nvcc: str | None, wanted: str | None) -
     return reason
 
 
-def nvcc_version(nvcc: Path) -> str | None:
-    """ "13.0"; None where it does not run."""
+def output(*command: str) -> str:
+    """What a program prints; nothing where there is none."""
     try:
-        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return None
-    release = re.search(r"release (\d+\.\d+)", text)
+        return ""
+
+
+def nvcc_version(nvcc: str) -> str | None:
+    """ "13.0"; None where it does not run."""
+    release = re.search(r"release (\d+\.\d+)", output(nvcc, "--version"))
     return release[1] if release else None
 
 
-def architecture_flags(architectures: str) -> list[str]:
-    """nvcc's flags for a list in torch's spelling: "8.0;9.0+PTX"."""
-    flags = []
-    for entry in re.split(r"[;\s]+", architectures.strip()):
-        number = entry.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if entry.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+def gpu_architectures(wanted: str | None, known: list[str]) -> list[str]:
+    """What to compile for, such as ["sm_90", "compute_90"]: code for a GPU, and PTX for later ones.
+
+    `wanted`: TORCH_CUDA_ARCH_LIST, as in "8.0;9.0+PTX"; `known`: the "sm_90" of all that nvcc can compile for.
+    """
+    if wanted:
+        gpus = re.split(r"[;\s]+", wanted.strip("; "))
+    else:
+        gpus = [gpu for gpu in DEFAULT_GPUS if f"sm_{gpu.replace('.', '')}" in known]
+        gpus[-1] += "+PTX"
+    code, ptx = [], []
+    for gpu in gpus:
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", gpu)
+        if not match:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST is {wanted!r}: {gpu!r} is not like 9.0, 9.0a or 9.0+PTX")
+        # Lists are often set for all that is built on a machine.
+        if (int(match[1]), int(match[2])) < OLDEST_GPU:
+            continue
+        name = match[1] + match[2] + match[3]
+        code.append(f"sm_{name}")
+        if match[4]:
+            ptx.append(f"compute_{name}")
+    if not code:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST is {wanted!r}: the kernels need 8.0 or more; FASTACT_CUDA=0 leaves them out")
+    return list(dict.fromkeys(code + ptx))
+
+
+def nvcc_flags(architectures: list[str]) -> list[str]:
+    return NVCC_FLAGS + [f"-gencode=arch=compute_{name.partition('_')[2]},code={name}" for name in architectures]
 
 
 def torch_found() -> bool:
@@ -97,40 +122,39 @@ def build_ext_class() -> type:
     import torch
     from torch.utils import cpp_extension
 
-    home = cpp_extension.CUDA_HOME
-    nvcc = nvcc_version(Path(home) / "bin" / "nvcc") if home else None
-    missing = cuda_missing(torch.version.cuda, nvcc, os.environ.get("FASTACT_CUDA"))
-    device = "cpu" if missing else "cuda"
-    # What torch's builder reads: it makes the same flags of it.
-    architectures = [] if missing else architecture_flags(os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES))
+    nvcc = os.path.join(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
+    version = nvcc_version(nvcc)
+    missing = cuda_missing(torch.version.cuda, version, os.environ.get("FASTACT_CUDA"))
+    architectures = []
+    if not missing:
+        architectures = gpu_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), output(nvcc, "--list-gpu-code").split())
 
     class Build(cpp_extension.BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
             # Objects stay where the next build finds them, so that an edit costs the time of one file: editable builds would
             # put them into a temporary folder.
-            self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}-{device}")
+            self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}")
 
         def run(self) -> None:
-            for extension in self.extensions:
-                extension.include_dirs += cpp_extension.include_paths(device)
-                extension.library_dirs += cpp_extension.library_paths(device)
-                extension.libraries += ["c10", "torch", "torch_cpu", "torch_python"]
-                extension.language = "c++"
-                if not missing:
-                    extension.sources += [*sources("cuda/*.cu"), CUDA_BOUNDARY]
-                    extension.libraries += ["c10_cuda", "torch_cuda", "cudart"]
-                    extension.define_macros.append(("FASTACT_CUDA", "1"))
-                    extension.extra_compile_args = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
-            print(f"fastact: without CUDA: {missing}" if missing else f"fastact: with CUDA {nvcc}", flush=True)
+            (extension,) = self.extensions
+            extension.include_dirs += cpp_extension.include_paths()
+            extension.library_dirs += cpp_extension.library_paths()
+            extension.libraries += ["c10", "torch", "torch_cpu", "torch_python"]
+            extension.language = "c++"
+            if missing:
+                print(f"fastact: without CUDA: {missing}", flush=True)
+            else:
+                print(f"fastact: with CUDA {version} for {', '.join(architectures)}", flush=True)
+                add_cuda(extension, nvcc, architectures)
             super().run()
             package = (ROOT if self.inplace else Path(self.build_lib)) / "fastact"
             package.mkdir(parents=True, exist_ok=True)
             (package / "_built.py").write_text(
                 '"""Written by setup.py: what the extension was built against."""\n\n'
                 f"TORCH = {str(torch.__version__)!r}\n"
-                f"CUDA = {None if missing else nvcc!r}\n"
-                f"CUDA_ARCHITECTURES: list[str] = {[flag.rpartition('code=')[2] for flag in architectures]!r}\n"
+                f"CUDA = {None if missing else version!r}\n"
+                f"CUDA_ARCHITECTURES: list[str] = {architectures!r}\n"
                 f"CUDA_MISSING = {missing!r}\n"
             )
 
@@ -146,6 +170,19 @@ def extension() -> Extension:
         extra_compile_args=CXX_FLAGS,
         extra_link_args=["-Wl,-z,relro,-z,now"],
     )
+
+
+def add_cuda(extension: Extension, nvcc: str, architectures: list[str]) -> None:
+    extension.sources += [CUDA_BOUNDARY, *sources("cuda/*.cu")]
+    extension.define_macros.append(("FASTACT_CUDA", "1"))
+    extension.extra_compile_args = {"cxx": CXX_FLAGS, "nvcc": nvcc_flags(architectures)}
+    # What is found on the path may be a link or a wrapper, so nvcc itself is asked where its toolkit is.
+    toolkit = Path(re.search(r"TOP=(.+)", output(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull))[1]).resolve()
+    extension.include_dirs.append(str(toolkit / "include"))
+    # PyPI's packages have the runtime in `lib`, under its versioned name alone.
+    runtime = min(toolkit.glob("lib*/libcudart.so*"), default=Path("libcudart.so"), key=lambda path: len(path.name))
+    extension.library_dirs.append(str(runtime.parent))
+    extension.libraries += ["c10_cuda", "torch_cuda", f":{runtime.name}"]
 
 
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "install", "develop", "editable_wheel"}

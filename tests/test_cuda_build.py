@@ -45,27 +45,43 @@ def test_fastact_cuda_is_0_or_1() -> None:
         SETUP["cuda_missing"]("13.0", "13.0", "yes")
 
 
+KNOWN = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
+
+
 @pytest.mark.parametrize(
-    ("architectures", "flags"),
+    ("wanted", "architectures"),
     [
-        ("9.0", ["compute_90,code=sm_90"]),
-        ("8.0;9.0+PTX", ["compute_80,code=sm_80", "compute_90,code=sm_90", "compute_90,code=compute_90"]),
-        (" 8.6 9.0a ", ["compute_86,code=sm_86", "compute_90a,code=sm_90a"]),
-        ("10.0+PTX", ["compute_100,code=sm_100", "compute_100,code=compute_100"]),
+        (None, ["sm_80", "sm_90", "sm_100", "compute_100"]),
+        ("", ["sm_80", "sm_90", "sm_100", "compute_100"]),
+        ("9.0", ["sm_90"]),
+        ("8.0;9.0+PTX", ["sm_80", "sm_90", "compute_90"]),
+        (" 8.6 9.0a ", ["sm_86", "sm_90a"]),
+        ("7.5;8.0", ["sm_80"]),
     ],
 )
-def test_architectures_in_torchs_spelling(architectures: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours, from which build_info() tells what was built, are those that torch's builder hands to nvcc."""
-    assert SETUP["architecture_flags"](architectures) == ["-gencode=arch=" + flag for flag in flags]
+def test_architectures(wanted: str | None, architectures: list[str]) -> None:
+    """In torch's spelling; what is older than the kernels is left out."""
+    assert SETUP["gpu_architectures"](wanted, KNOWN) == architectures
+
+
+def test_default_architectures_are_those_that_nvcc_knows() -> None:
+    assert SETUP["gpu_architectures"](None, ["sm_80", "sm_90"]) == ["sm_80", "sm_90", "compute_90"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"), [("Hopper", "'Hopper' is not like 9.0"), ("7.5", "need 8.0 or more"), ("9", "'9' is not like")]
+)
+def test_architectures_that_make_no_sense(wanted: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        SETUP["gpu_architectures"](wanted, KNOWN)
+
+
+def test_flags_are_those_torch_would_give(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils.cpp_extension import _get_cuda_arch_flags
 
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures.strip())
-    assert sorted(_get_cuda_arch_flags()) == sorted("-gencode=arch=" + flag for flag in flags)
-
-
-def test_default_architectures() -> None:
-    flags = SETUP["architecture_flags"](SETUP["CUDA_ARCHITECTURES"])
-    assert [flag.rpartition("code=")[2] for flag in flags] == ["sm_80", "sm_90", "sm_100", "compute_100"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
+    ours = SETUP["nvcc_flags"](SETUP["gpu_architectures"]("8.0;9.0a;10.0+PTX", KNOWN))
+    assert sorted(flag for flag in ours if "gencode" in flag) == sorted(_get_cuda_arch_flags())
 
 
 def test_the_boundary_with_cuda_is_left_out_of_a_build_without() -> None:
@@ -77,12 +93,12 @@ def test_the_boundary_with_cuda_is_left_out_of_a_build_without() -> None:
 
 def test_nvcc_version(tmp_path: Path) -> None:
     nvcc = tmp_path / "nvcc"
-    assert SETUP["nvcc_version"](nvcc) is None
+    assert SETUP["nvcc_version"](str(nvcc)) is None
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
     nvcc.chmod(0o755)
-    assert SETUP["nvcc_version"](nvcc) == "13.0"
+    assert SETUP["nvcc_version"](str(nvcc)) == "13.0"
     nvcc.write_text("#!/bin/sh\nexit 1\n")
-    assert SETUP["nvcc_version"](nvcc) is None
+    assert SETUP["nvcc_version"](str(nvcc)) is None
 
 
 def test_build_info_says_why_there_is_no_cuda() -> None:
@@ -113,6 +129,6 @@ def test_a_build_without_cuda_says_so_once() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "fastact was built without CUDA, so CUDA tensors get torch's own operators; fastact.build_info() says why. "
+        "fastact was built without CUDA (fastact.build_info() says why), so CUDA tensors get torch's own operators. "
         "(This is said once.)"
     ]

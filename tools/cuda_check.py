@@ -1,11 +1,10 @@
-"""Compiles the CUDA kernels for every architecture of the build and reads what the compiler made of them; needs no GPU.
+"""Looks at what nvcc makes of the CUDA kernels. That none spills and that all move 16 bytes at a time shows without a GPU.
 
-Fails on a compiler warning, on a byte of spilled registers or of stack, on an access to local memory, and on a kernel whose
-16-byte loads and stores are not all there. `--write` puts the table into docs/cuda-kernels.md.
+    python tools/cuda_check.py             or: make cuda-check
+    python tools/cuda_check.py --write     also writes docs/cuda-kernels.md
+    python tools/cuda_check.py --nvcc      only says which nvcc it takes
 
-    python tools/cuda_check.py [--nvcc PATH] [--write]
-
-Compiler and disassembler are those of the optional dependencies [cuda-check], or the machine's.
+The compiler is the one of CUDA_HOME, of PATH, of CUDA's usual home or of this environment, the first that is new enough.
 """
 
 from __future__ import annotations
@@ -21,177 +20,180 @@ import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SETUP = runpy.run_path(str(ROOT / "setup.py"))
-DOCUMENT = ROOT / "docs" / "cuda-kernels.md"
-# csrc/cuda/elementwise.h: kUnroll.
-UNROLL = 2
+SITE = Path(sysconfig.get_paths()["platlib"])
+TABLE = ROOT / "docs" / "cuda-kernels.md"
+SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="functions")
+# What may be called: for rare operands of a division in IEEE arithmetic; and to divide indices, once a thread of softmax.
+SUBROUTINES = r".* \w*(div|rcp)_rn_|softmax_.* (div|rem)_[su]"
+UNROLL = 2  # kUnroll of csrc/cuda/elementwise.h
+PHASES = ("whole", "part", "rest")  # Phase of csrc/cuda/softmax.h
+OLDEST_NVCC = (13, 0)  # the first that knows all of the default architectures and is of the major version torch is built with
 
 
 @dataclass
 class Kernel:
-    """One kernel as compiled for one architecture."""
-
-    name: str
+    name: str  # as softmax_rows<BFloat16, 8, 32>
     architecture: str
-    registers: int
-    stack: int
-    spilled: int
-    instructions: int = 0
-    loads: int = 0  # of 16 bytes
-    stores: int = 0
-    local: int = 0  # accesses to local memory
+    registers: int = 0
+    shared: int = 0  # bytes, besides those that a launch asks for
+    stack: int = 0
+    spilled: int = 0
+    code: list[str] = field(default_factory=list)
 
-    def wide(self) -> tuple[int, int]:
-        """How many 16-byte loads and stores it must have at least."""
-        if match := re.match(r"elementwise<(Forward|Backward)", self.name):
-            return (UNROLL, UNROLL) if match[1] == "Forward" else (2 * UNROLL, UNROLL)
-        if match := re.match(r"softmax(_backward)?_(rows|columns)<\w+, (\d+), (\d+)", self.name):
-            width, share = int(match[3]), int(match[4])
-            packs = share // width if match[2] == "rows" else share
-            inputs = 2 if match[1] else 1
-            return (0, 0) if width == 1 else (inputs * packs, 0 if self.name.endswith("part>") else packs)
-        return 0, 0
+    def count(self, instruction: str) -> int:
+        return sum(bool(re.match(rf"(@\S+ +)?({instruction})\b", line)) for line in self.code)
+
+    def subroutines(self) -> set[str]:
+        """Those of CUDA's own arithmetic."""
+        return {match[1] for line in self.code if (match := re.search(r"CALL.*__cuda_sm\d+x?_(\w+)", line))}
 
     def faults(self) -> list[str]:
         found = []
-        loads, stores = self.wide()
         if self.stack or self.spilled:
-            found.append(f"{self.stack} bytes of stack, {self.spilled} spilled")
-        if self.local:
-            found.append(f"{self.local} accesses to local memory")
-        if self.loads < loads or self.stores < stores:
-            found.append(f"{self.loads} loads and {self.stores} stores of 16 bytes rather than {loads} and {stores}")
+            found.append(f"{self.stack} bytes of stack, {self.spilled} bytes spilled")
+        if local := self.count("LDL|STL"):
+            found.append(f"{local} accesses to local memory")
+        if called := {name for name in self.subroutines() if not re.match(SUBROUTINES, f"{self.name} {name}")}:
+            found.append(f"calls {', '.join(called)}")
+        loads, stores = self.count(r"LDG\.E\.(\w+\.)*128"), self.count(r"STG\.E\.(\w+\.)*128")
+        least_loads, least_stores = self.wide_accesses()
+        if loads < least_loads or stores < least_stores:
+            found.append(f"{loads} loads and {stores} stores of 16 bytes rather than {least_loads} and {least_stores}")
         return found
+
+    def wide_accesses(self) -> tuple[int, int]:
+        """The 16-byte loads and stores it must have: of every pack that a thread holds, so that none is moved in parts."""
+        if match := re.match(r"elementwise<(Forward|Backward)", self.name):
+            return UNROLL * (1 if match[1] == "Forward" else 2), UNROLL
+        match = re.match(r"softmax_(backward_)?(rows|columns)<\w+, (\d+), (\d+)", self.name)
+        # Others take one element at a time, for what does not come in packs, or add up what these have left.
+        if not match or match[3] == "1":
+            return 0, 0
+        packs = int(match[4]) // int(match[3]) if match[2] == "rows" else int(match[4])
+        # The first of two passes over a long row only sums.
+        return packs * (2 if match[1] else 1), 0 if self.name.endswith(" part>") else packs
 
 
 def tool(name: str) -> str | None:
-    """From the packages of this Python, so that it is the same compiler everywhere; else that of the machine."""
-    packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
-    places = [*packages.glob("*/bin"), Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"]
-    found = [str(place / name) for place in places if (place / name).is_file()]
-    return next(iter(found), shutil.which(name))
+    """A program of CUDA's toolkit."""
+    homes = [os.environ.get("CUDA_HOME") or "/usr/local/cuda", "/usr/local/cuda", *SITE.glob("nvidia/cu*")]
+    paths = [Path(home, "bin", name) for home in homes]
+    if on_path := shutil.which(name):
+        paths.insert(1, Path(on_path))
+    for path in paths:
+        if path.exists() and (name != "nvcc" or release(path) >= OLDEST_NVCC):
+            return str(path)
+    return None
 
 
-def run(*command: str | Path) -> str:
-    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(str(part) for part in command)}\n{done.stdout}")
-    return done.stdout
+def output(*command: str | Path, cwd: Path = ROOT) -> str:
+    made = subprocess.run([str(part) for part in command], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if made.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\n{made.stdout}")
+    return made.stdout
+
+
+def release(nvcc: str | Path) -> tuple[int, ...]:
+    return tuple(map(int, re.search(r"release (\d+)\.(\d+)", output(nvcc, "--version")).groups()))
 
 
 def readable(mangled: list[str]) -> dict[str, str]:
-    """elementwise<ForwardOf<Sigmoid<float>>, float> for what the compiler calls by 150 characters."""
-    plain = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
-    names = {}
-    for symbol, name in zip(mangled, plain.splitlines(), strict=True):
-        name = re.sub(r"\(anonymous namespace\)::|fastact::|device::|^void ", "", name)
-        for number, phase in enumerate(("whole", "part", "rest")):
-            name = re.sub(rf"\(Phase\){number}\b|\({number}\)", phase, name)
-        name = name[: name.rindex("(")] if "(" in name else name
-        names[symbol] = re.sub(r", [12]>$", ">", name).replace("> >", ">>").replace("> >", ">>")
-    return names
+    """elementwise<BackwardOf<ELU>, Float16> for the names of kernels in objects."""
+    demangled = output("c++filt", *mangled).splitlines()
+    names = [re.sub(r"\(anonymous namespace\)::|fastact::|device::|^void ", "", name) for name in demangled]
+    names = [name[: name.rindex(">(") + 1] for name in names]
+    for number, phase in enumerate(PHASES):
+        names = [name.replace(f"(Phase){number}", phase) for name in names]
+    # The lane type and the number of inputs follow from the rest.
+    return dict(zip(mangled, [re.sub(r"<\w+> ?>, (\w+), \d>", r">, \1>", name) for name in names], strict=True))
 
 
-def compile_and_read(nvcc: str, source: Path, folder: Path) -> tuple[str, Path]:
-    target = folder / f"{source.stem}.o"
-    flags = [*SETUP["NVCC_FLAGS"], *SETUP["architecture_flags"](SETUP["CUDA_ARCHITECTURES"])]
-    return run(nvcc, *flags, "-Werror", "all-warnings", "-Xptxas", "-v", "-c", source, "-o", target), target
+def compiled(source: Path, folder: Path, nvcc: str) -> list[Kernel]:
+    """All kernels of a file, for all architectures."""
+    made = folder / f"{source.stem}.o"
+    architectures = SETUP["gpu_architectures"](None, output(nvcc, "--list-gpu-code").split())
+    flags = SETUP["nvcc_flags"](architectures)
+    report = output(nvcc, *flags, "-Werror", "all-warnings", "-Xptxas", "-v", "-c", source, "-o", made)
+    kernels: dict[tuple[str, str], Kernel] = {}
+    for line in report.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)' for '(sm_\w+)'", line):
+            current = kernels[match[1], match[2]] = Kernel(match[1], match[2])
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            current.stack += int(match[1])
+            current.spilled += int(match[2]) + int(match[3])
+        elif match := re.search(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?", line):
+            current.registers, current.shared = int(match[1]), int(match[2] or 0)
 
-
-def resources(log: str) -> dict[tuple[str, str], Kernel]:
-    """From what ptxas prints, by mangled name and architecture."""
-    found = {}
-    for part in log.split("Compiling entry function ")[1:]:
-        head = re.match(r"'(\w+)' for '(\w+)'", part)
-        memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
-        registers = re.search(r"Used (\d+) registers", part)
-        if not (head and memory and registers):
-            sys.exit(f"ptxas says something else than expected:\n{part}")
-        spilled = int(memory[2]) + int(memory[3])
-        found[head[1], head[2]] = Kernel(head[1], head[2], int(registers[1]), int(memory[1]), spilled)
-    return found
-
-
-def read_code(disassembly: str, kernels: dict[tuple[str, str], Kernel]) -> None:
-    architecture, kernel = "", None
-    for line in disassembly.splitlines():
-        if match := re.match(r"\s*arch = (\w+)", line):
-            architecture = match[1]
-        elif match := re.search(r"Function : (\S+)", line):
-            kernel = kernels[match[1], architecture]
-        elif kernel and (match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)):
-            operation = match[1]
-            kernel.instructions += operation != "NOP"
-            kernel.loads += operation.startswith("LDG") and ".128" in operation
-            kernel.stores += operation.startswith("STG") and ".128" in operation
-            kernel.local += operation.startswith(("LDL", "STL"))
+    output(tool("cuobjdump"), "-xelf", "all", made, cwd=folder)
+    for cubin in folder.glob(f"{source.stem}.*.cubin"):
+        code: list[str] = []
+        for line in output(tool("nvdisasm"), "-c", cubin).splitlines():
+            if match := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
+                code = kernels[match[1], cubin.suffixes[-2][1:]].code
+            elif (match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.+?) *;", line)) and match[1] != "NOP":
+                code.append(match[1])
+    names = readable(sorted({name for name, _ in kernels})) if kernels else {}
+    for kernel in kernels.values():
+        kernel.name = names[kernel.name]
+    return list(kernels.values())
 
 
 def table(kernels: list[Kernel], version: str) -> str:
-    architectures = sorted({kernel.architecture for kernel in kernels}, key=lambda name: int(name[3:]))
-    lines = [
-        "# The CUDA kernels as compiled",
-        "",
-        "Registers and instructions of every kernel, by architecture. None spills, has a stack, or touches local memory, and",
-        "the 16-byte loads and stores of every vectorised kernel are all there: `make cuda-check` holds that.",
-        "",
-        f"Made by `python tools/cuda_check.py --write` with nvcc {version}, {datetime.date.today()}. No GPU was involved.",
-        "",
-        "| kernel | " + " | ".join(architectures) + " |",
-        "| --- |" + " --- |" * len(architectures),
-    ]
-    by_name: dict[str, dict[str, Kernel]] = {}
+    architectures = list(dict.fromkeys(kernel.architecture for kernel in kernels))
+    dtypes = {"double": "float64", "float": "float32", "BFloat16": "bfloat16", "Float16": "float16", "Quick": "16 bits"}
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for kernel in kernels:
-        by_name.setdefault(kernel.name, {})[kernel.architecture] = kernel
-    for name, row in sorted(by_name.items()):
-        cells = [f"{row[a].registers} / {row[a].instructions}" if a in row else "" for a in architectures]
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+        dtype = re.search(r"[<,] ?(double|float|BFloat16|Float16|Quick)\b", kernel.name)
+        name = (kernel.name[: dtype.start(1)] + kernel.name[dtype.end(1) :]).replace("<, ", "<").replace(", >", ">")
+        cell = f"{kernel.registers} / {kernel.shared} / {kernel.spilled} / {len(kernel.code)}"
+        rows.setdefault((name, dtypes[dtype[1]]), {})[kernel.architecture] = cell
+    lines = [
+        "# What nvcc makes of the CUDA kernels",
+        "",
+        f"Written by `python tools/cuda_check.py --write` on {datetime.date.today()} with nvcc {version}.",
+        "For each architecture: registers / bytes of static shared memory / bytes spilled / instructions.",
+        "",
+        f"| kernel | dtype | {' | '.join(architectures)} |",
+        f"| --- | --- |{' --- |' * len(architectures)}",
+    ]
+    for (name, dtype), cells in sorted(rows.items()):
+        lines.append(f"| `{name}` | {dtype} | {' | '.join(cells[architecture] for architecture in architectures)} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--nvcc", default=tool("nvcc"), help="default: that of the package nvidia-cuda-nvcc, else of the machine"
-    )
-    parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.relative_to(ROOT)}")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write docs/cuda-kernels.md")
+    parser.add_argument("--nvcc", action="store_true", help="say which nvcc is taken, and stop")
     arguments = parser.parse_args()
-    disassembler = tool("cuobjdump")
-    if not arguments.nvcc:
-        sys.exit("there is no nvcc: install CUDA 13, or `pip install '.[cuda-check]'`")
-    if not disassembler:
-        sys.exit("there is no cuobjdump: `pip install '.[cuda-check]'`")
-    # cuobjdump calls nvdisasm, which lies beside it.
-    os.environ["PATH"] += os.pathsep + str(Path(disassembler).parent)
+    nvcc = tool("nvcc") or sys.exit("no nvcc of CUDA 13.0 or later: `pip install --group cuda-compiler` has one")
+    if arguments.nvcc:
+        print(nvcc)
+        return
+    if not (tool("cuobjdump") and tool("nvdisasm")):
+        sys.exit("no cuobjdump and nvdisasm: `pip install --group cuda-check` has them")
 
-    kernels: dict[tuple[str, str], Kernel] = {}
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        made = pool.map(lambda source: compile_and_read(arguments.nvcc, source, Path(folder)), sources)
-        for log, target in made:
-            found = resources(log)
-            if found:
-                read_code(run(disassembler, "-sass", target), found)
-            kernels |= found
-    names = readable([kernel.name for kernel in kernels.values()])
-    for kernel in kernels.values():
-        kernel.name = names[kernel.name]
+        made = pool.map(lambda source: compiled(source, Path(folder), nvcc), sources)
+        kernels = [kernel for those in made for kernel in those]
 
-    failed = [(kernel, fault) for kernel in kernels.values() for fault in kernel.faults()]
-    for kernel, fault in failed:
-        print(f"{kernel.architecture}  {kernel.name}: {fault}")
-    if failed:
-        sys.exit(1)
-    architectures = ", ".join(sorted({kernel.architecture for kernel in kernels.values()}))
-    vectorised = sum(kernel.wide() != (0, 0) for kernel in kernels.values())
-    print(f"{len(kernels)} kernels for {architectures}: no warning, no spill; 16-byte accesses complete in {vectorised}")
+    for architecture in dict.fromkeys(kernel.architecture for kernel in kernels):
+        those = [kernel for kernel in kernels if kernel.architecture == architecture]
+        most = max(those, key=lambda kernel: kernel.registers)
+        print(f"{architecture}: {len(those)} kernels, {sum(len(k.code) for k in those)} instructions; ", end="")
+        print(f"most registers: {most.registers} in {most.name}")
+    for name in sorted(set().union(*(kernel.subroutines() for kernel in kernels))):
+        print(f"{name} is called by {sum(name in kernel.subroutines() for kernel in kernels)} of {len(kernels)}")
     if arguments.write:
-        version = SETUP["nvcc_version"](Path(arguments.nvcc))
-        DOCUMENT.write_text(table(list(kernels.values()), version))
+        TABLE.write_text(table(kernels, re.search(r"V([\d.]+)", output(nvcc, "--version"))[1]))
+    if faulty := [kernel for kernel in kernels if kernel.faults()]:
+        width = max(len(kernel.name) for kernel in faulty)
+        sys.exit("\n".join(f"{k.name:<{width}}  {k.architecture:<7} {'; '.join(k.faults())}" for k in faulty))
 
 
 if __name__ == "__main__":

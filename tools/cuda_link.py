@@ -1,118 +1,136 @@
-"""Links the whole extension, both halves, against a CUDA build of torch, and looks for every undefined symbol; needs no GPU.
+"""Builds fastact with CUDA against a torch that has it, on a machine that need not have a GPU, and sees that everything links.
 
-Torch comes from PyPI into a temporary folder, without its dependencies (530 MB instead of several GB): enough to compile and
-link against, not to import. So files are compiled here as setup.py has them compiled, with its flags.
+    python tools/cuda_link.py                          or: make cuda-link
+    python tools/cuda_link.py --torch torch==2.13.0    another than the oldest supported
+    python tools/cuda_link.py --wheels FOLDER          takes the wheels that are there from FOLDER
 
-    python tools/cuda_link.py [--torch torch==2.11.0] [--find-links FOLDER]
-
-Compiler and CUDA runtime are those of the optional dependencies [cuda-check], or the machine's.
+In a temporary environment: torch, and CUDA's compiler and runtime. The other libraries of CUDA that torch is linked to would be
+another 2 GB, and are not needed by fastact. An empty one stands for them all, so that torch can be imported.
 """
 
 from __future__ import annotations
 
 import argparse
+import email
 import os
-import runpy
-import subprocess
+import re
 import sys
-import sysconfig
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import Counter
 from pathlib import Path
 
-import pybind11
+from install_check import ROOT, run, source
 
-ROOT = Path(__file__).parent.parent
-SETUP = runpy.run_path(str(ROOT / "setup.py"))
-CHECK = runpy.run_path(str(ROOT / "tools" / "cuda_check.py"))
-LIBRARIES = ["torch_python", "torch_cuda", "torch_cpu", "torch", "c10_cuda", "c10"]
+OLDEST_TORCH = "torch==2.11.0"
+STAND_IN = "libstand_in.so"
+# Not CUDA's runtime, whose functions begin with cuda and a capital letter.
+LEFT_OUT = r"cu(?!da[A-Z])|nccl|nv"
+TRY = """
+import torch, fastact
+x = torch.linspace(-1, 1, 9, requires_grad=True)
+fastact.softmax(fastact.tanh(x), 0)[0].backward()
+assert x.grad.isfinite().all()
+for name in torch._C._dispatch_get_all_op_names():
+    if name.startswith("fastact::"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+info = fastact.build_info()
+assert info["cuda"], info
+print("imports; CUDA", info["cuda"], "for", ", ".join(info["cuda_architectures"]))
+"""
 
 
-def symbols(libraries: Iterable[Path], kind: str) -> set[str]:
-    """Names without their versions: memcpy for memcpy@@GLIBC_2.14."""
-    lines = CHECK["run"]("nm", "--dynamic", f"--{kind}-only", *libraries).splitlines()
-    return {line.split()[-1].partition("@")[0] for line in lines if len(line.split()) > 1}
+def undefined(library: Path) -> set[str]:
+    """Dynamic symbols it takes from others, with their versions. A weak one that is missing is no error."""
+    lines = run("nm", "-D", "--undefined-only", library).splitlines()
+    return {line.split()[-1] for line in lines if line.split()[-2] == "U"}
 
 
-def weak(library: Path) -> set[str]:
-    """What may stay undefined."""
-    lines = CHECK["run"]("nm", "--dynamic", "--undefined-only", library).splitlines()
-    return {line.split()[-1].partition("@")[0] for line in lines if line.split()[0] == "w"}
+def defined(library: Path) -> set[str]:
+    """Those it has, with and without their versions: what was linked without knowing of one takes any."""
+    names = {line.split()[-1].replace("@@", "@") for line in run("nm", "-D", "--defined-only", library).splitlines()}
+    return names | {name.partition("@")[0] for name in names}
 
 
-def loaded_libraries(library: Path) -> list[Path]:
-    """The C and C++ runtimes and the dynamic linker itself: what it finds on this machine."""
-    words = subprocess.run(["ldd", str(library)], capture_output=True, text=True).stdout.split()
-    return [Path(word) for word in words if word.startswith("/")]
+def needed(library: Path) -> set[str]:
+    return set(re.findall(r"\(NEEDED\).*\[(.+)\]", run("readelf", "-d", library)))
+
+
+def stand_in(libraries: Path, there: set[str]) -> None:
+    """Makes the empty library, and gives it the names of all that torch's libraries need and this machine lacks."""
+    of_torch = list(libraries.glob("*.so"))
+    versions: dict[str, list[str]] = {}
+    for symbol in set().union(*map(undefined, of_torch)):
+        name, _, version = symbol.partition("@")
+        if re.match(LEFT_OUT, name):
+            versions.setdefault(version, []).append(name)
+    code, script = libraries / "stand_in.c", libraries / "stand_in.map"
+    code.write_text("\n".join(f"void {name}(void) {{}}" for names in versions.values() for name in names))
+    script.write_text("\n".join(f"{version} {{ {'; '.join(names)}; }};" for version, names in versions.items() if version))
+    flags = ["-shared", "-fno-builtin", f"-Wl,--version-script={script}"]
+    run(os.environ.get("CC", "cc"), *flags, code, "-o", libraries / STAND_IN)
+    for name in set().union(*map(needed, of_torch)) - there:
+        if re.match(f"lib({LEFT_OUT})", name):
+            (libraries / name).symlink_to(STAND_IN)
+
+
+def environment(folder: Path, torch: str, wheels: str | None) -> tuple[Path, Path]:
+    """A Python with torch and what building for CUDA takes; and its site-packages."""
+    run(sys.executable, "-m", "venv", folder)
+    python = folder / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['platlib'])").strip())
+    pip = [python, "-m", "pip", "install", "--quiet", *(["--find-links", wheels] if wheels else [])]
+    run(*pip, "--upgrade", "pip")
+    run(*pip, "--no-deps", torch)
+    metadata = email.message_from_string(next(site.glob("torch-*.dist-info/METADATA")).read_text())
+    # CUDA's libraries are asked for under a condition, the Python packages are not.
+    packages = [package for package in metadata.get_all("Requires-Dist") if ";" not in package]
+    run(*pip, *packages, "setuptools>=77", "ninja", "numpy", "--group", f"{ROOT / 'pyproject.toml'}:cuda-compiler")
+    runtime = next(site.glob("nvidia/cu*/lib/libcudart.so.*"))
+    # The name that linkers look for is not in the wheel.
+    runtime.with_name("libcudart.so").symlink_to(runtime.name)
+    stand_in(site / "torch" / "lib", {runtime.name})
+    return python, site
+
+
+def providers(extension: Path, python: Path, site: Path) -> list[Path]:
+    """The libraries whose symbols the extension may use."""
+    interpreter = python.resolve()
+    linked = {run("ldd", path) for path in (extension, interpreter)}
+    system = {Path(found) for text in linked for found in re.findall(r"(/\S+) \(0x", text)}
+    of_torch = {path for path in (site / "torch" / "lib").glob("lib*.so*") if path.resolve().name != STAND_IN}
+    return [*sorted(of_torch), *site.glob("nvidia/cu*/lib/libcudart.so.*"), interpreter, *sorted(system - of_torch)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch", default="torch==2.11.0", help="default: %(default)s")
-    parser.add_argument("--find-links", help="a folder with its wheel, instead of PyPI")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--torch", default=OLDEST_TORCH, help=f"a requirement that pip finds with CUDA (default: {OLDEST_TORCH})"
+    )
+    parser.add_argument("--wheels", help="a folder of wheels to take before those of PyPI")
     arguments = parser.parse_args()
-    nvcc = CHECK["tool"]("nvcc")
-    if not nvcc:
-        sys.exit("there is no nvcc: install CUDA 13, or `pip install '.[cuda-check]'`")
-    cuda = Path(nvcc).parent.parent
-    run = CHECK["run"]
-
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        source = ["--no-index", "--find-links", arguments.find_links] if arguments.find_links else []
-        run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *source, arguments.torch)
-        torch = folder / "torch"
-        includes = [
-            torch / "include",
-            torch / "include" / "torch" / "csrc" / "api" / "include",
-            cuda / "include",
-            pybind11.get_include(),
-            sysconfig.get_paths()["include"],
-        ]
-        flags = [
-            *(f"-I{path}" for path in includes),
-            "-DFASTACT_CUDA=1",
-            "-DTORCH_EXTENSION_NAME=_C",
-            "-DTORCH_API_INCLUDE_EXTENSION_H",
-        ]
+        start = time.perf_counter()
+        python, site = environment(Path(temporary) / "environment", arguments.torch, arguments.wheels)
+        print(f"environment with {arguments.torch}: {time.perf_counter() - start:.0f} s", flush=True)
+        os.environ |= {"FASTACT_CUDA": "1", "CUDA_HOME": str(next(site.glob("nvidia/cu*")))}
+        start = time.perf_counter()
+        run(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", ".", cwd=source(Path(temporary) / "checkout"))
+        print(f"build: {time.perf_counter() - start:.0f} s")
 
-        def compiled(path: str) -> Path:
-            target = folder / (path.replace("/", "-") + ".o")
-            if path.endswith(".cu"):
-                architectures = SETUP["architecture_flags"](SETUP["CUDA_ARCHITECTURES"])
-                run(nvcc, *SETUP["NVCC_FLAGS"], *architectures, *flags, "-c", ROOT / path, "-o", target)
-            else:
-                run(os.environ.get("CXX", "c++"), *SETUP["CXX_FLAGS"], *flags, "-fPIC", "-c", ROOT / path, "-o", target)
-            return target
-
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compiled, SETUP["sources"]("*/*.cpp") + SETUP["sources"]("cuda/*.cu")))
-        extension = folder / "_C.so"
-        runtime = next(iter(sorted([*cuda.glob("lib*/libcudart.so*"), *cuda.glob("targets/*/lib/libcudart.so*")])))
-        libraries = [torch / "lib" / f"lib{name}.so" for name in LIBRARIES]
-        # Torch's libraries need others that are not here; what the extension itself needs is looked for below.
-        link = ["-shared", "-Wl,--allow-shlib-undefined", *objects, *libraries, runtime, "-o", extension]
-        run(os.environ.get("CXX", "c++"), *link)
-
-        python = [Path(sys.executable).resolve(), *Path(sysconfig.get_config_var("LIBDIR")).glob("libpython3*.so*")]
-        providers = {
-            # OpenMP's runtime comes with torch.
-            "torch": symbols([*libraries, *(torch / "lib").glob("libgomp*")], "defined"),
-            "the CUDA runtime": symbols([runtime], "defined"),
-            "Python": symbols(python, "defined"),
-            "the C and C++ runtimes": symbols(loaded_libraries(extension), "defined"),
-        }
-        missing = symbols([extension], "undefined") - weak(extension)
-        total = len(missing)
-        for name, provided in providers.items():
-            print(f"{len(missing & provided):5} of {total} undefined symbols are provided by {name}")
-            missing -= provided
-        for symbol in sorted(missing):
-            print(f"nobody provides {symbol}")
+        (extension,) = site.glob("fastact/_C*.so")
+        missing = undefined(extension)
+        count = Counter[str]()
+        for library in providers(extension, python, site):
+            found = missing & defined(library)
+            count[library.name] += len(found)
+            missing -= found
+        for name, number in count.items():
+            if number:
+                print(f"{number:4} symbols from {name}")
         if missing:
-            sys.exit(1)
-        print(f"the extension links against {arguments.torch} with nvcc {SETUP['nvcc_version'](Path(nvcc))}")
+            sys.exit("nothing provides:\n" + run("c++filt", *sorted(missing)))
+        print(run(python, "-c", TRY, cwd=Path(temporary)).strip())
 
 
 if __name__ == "__main__":

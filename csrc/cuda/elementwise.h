@@ -48,6 +48,8 @@ __global__ void __launch_bounds__(kThreads) elementwise(Operands<S, kInputs> a, 
   constexpr int kTile = kThreads * kUnroll;
   const int64_t vectors = (a.n - a.head) / N;
 
+  // Most blocks have one tile: unrolled, they would pay for the count of iterations first, a division of 64 bits.
+#pragma unroll 1
   for (int64_t tile = blockIdx.x; tile * kTile < vectors; tile += gridDim.x) {
     const int64_t first = tile * kTile + threadIdx.x;
     Pack<S, N> in[kUnroll][kInputs];

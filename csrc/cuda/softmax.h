@@ -89,11 +89,11 @@ struct Team {
     const int warps = int(blockDim.x) / kWarp, lane = int(threadIdx.x) % kWarp;
     if (lane == 0) shared[threadIdx.x / kWarp] = v;
     __syncthreads();
-    v = reduce_lanes(shared[lane % warps], 1, warps, op);
+    v = reduce_lanes(shared[lane & (warps - 1)], 1, warps, op);
     if (blocks == 1) return v;
     if (threadIdx.x == 0) shared[kWarp] = v;
     cluster_barrier();
-    return reduce_lanes(*cluster_peer(shared + kWarp, lane % blocks), 1, blocks, op);
+    return reduce_lanes(*cluster_peer(shared + kWarp, lane & (blocks - 1)), 1, blocks, op);
   }
   /// No block may end while another one reads its shared memory.
   __device__ __forceinline__ void finish() const {

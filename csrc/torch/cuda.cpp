@@ -1,4 +1,6 @@
 // The ops on CUDA: streams, devices, launches.
+#include "cuda.h"
+
 #include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -9,9 +11,9 @@
 namespace fastact {
 namespace {
 
-/// The current stream of the current device, and what that device is.
-cuda::Queue current_queue() {
-  static const std::vector<cuda::Queue> devices = [] {
+/// All devices of this process, without a stream.
+const std::vector<cuda::Queue>& devices() {
+  static const std::vector<cuda::Queue> all = [] {
     std::vector<cuda::Queue> found(c10::cuda::device_count());
     for (int device = 0; device < int(found.size()); ++device) {
       int major = 0, minor = 0;
@@ -22,8 +24,12 @@ cuda::Queue current_queue() {
     }
     return found;
   }();
+  return all;
+}
+
+cuda::Queue current_queue() {
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream();
-  cuda::Queue queue = devices[stream.device_index()];
+  cuda::Queue queue = devices()[stream.device_index()];
   queue.stream = stream.stream();
   return queue;
 }
@@ -76,4 +82,10 @@ struct CUDA {
 TORCH_LIBRARY_IMPL(fastact, CUDA, m) { On<CUDA>::register_all(m); }
 
 }  // namespace
+
+bool cuda_device_has_kernels(c10::Device device) {
+  const auto index = device.has_index() ? device.index() : c10::cuda::current_device();
+  return devices().at(index).capability >= 80;
+}
+
 }  // namespace fastact

@@ -16,6 +16,7 @@
 #include <set>
 #include <thread>
 
+#include "cuda.h"
 #include "rows.h"
 
 namespace py = pybind11;
@@ -51,24 +52,25 @@ struct Function {
   static constexpr int kSoftmax = -1;
 };
 
+/// Why a device that could have kernels has none; null where it has them, or never could.
+const char* why_no_kernels(c10::Device device) {
+  if (!device.is_cuda()) return nullptr;
 #ifdef FASTACT_CUDA
-constexpr bool kBuiltWithCuda = true;
+  return cuda_device_has_kernels(device) ? nullptr : "fastact's CUDA kernels need a GPU of compute capability 8.0 or more";
 #else
-constexpr bool kBuiltWithCuda = false;
+  return "fastact was built without CUDA (fastact.build_info() says why)";
 #endif
+}
 
-/// Whether this build has kernels for a device. That it has none for CUDA is said once a process, where it is first missed.
-bool device_has_kernels(c10::DeviceType device) {
-  if (device == at::kCPU || device == at::kMeta) return true;
-  if (device != at::kCUDA || kBuiltWithCuda) return device == at::kCUDA;
+/// Whether this build has kernels for a device. Where it could have, but has none, that is said once a process.
+bool device_has_kernels(c10::Device device) {
+  const char* reason = why_no_kernels(device);
   static bool warned = false;
-  if (!std::exchange(warned, true)) {
-    const char* text =
-        "fastact was built without CUDA, so CUDA tensors get torch's own operators; fastact.build_info() says why. "
-        "(This is said once.)";
-    if (PyErr_WarnEx(PyExc_UserWarning, text, 1) < 0) throw python_error();
+  if (reason && !std::exchange(warned, true)) {
+    const std::string text = std::string(reason) + ", so CUDA tensors get torch's own operators. (This is said once.)";
+    if (PyErr_WarnEx(PyExc_UserWarning, text.c_str(), 1) < 0) throw python_error();
   }
-  return false;
+  return !reason && (device.is_cpu() || device.is_meta() || device.is_cuda());
 }
 
 bool has_kernel(const Tensor& x) {
@@ -81,7 +83,7 @@ bool has_kernel(const Tensor& x) {
     default:
       return false;
   }
-  return x.layout() == at::kStrided && !x.is_nested() && device_has_kernels(x.device().type());
+  return x.layout() == at::kStrided && !x.is_nested() && device_has_kernels(x.device());
 }
 
 [[noreturn]] void bad_type(const Function& f, size_t position, const char* expected, PyObject* value) {
@@ -303,7 +305,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("saves_input", &saves_input, "Whether backward wants the input rather than the output.");
   m.def("build_info", &build_info, "What is in use: instruction sets and threads.");
   m.def(
-      "device_has_kernels", [](const std::string& device) { return device_has_kernels(c10::Device(device).type()); },
+      "device_has_kernels", [](const std::string& device) { return device_has_kernels(c10::Device(device)); },
       "Whether calls with tensors of that device reach a kernel; warns, once, where only the build is missing.");
   m.def("use_isa", &cpu::use_level, "For tests: takes the kernels of that level; False where this CPU has it not.");
   m.def("parallel_threads", &parallel_threads, py::call_guard<py::gil_scoped_release>());
