@@ -31,13 +31,16 @@
 
 namespace shim {
 
-/// The order in which threads get on, from barrier to barrier. Only the last two let a warp run ahead of the others.
+/// The order in which threads get on, from barrier to barrier, and blocks after each other. Only the last two let a warp run
+/// ahead of the others of its block, and a block ahead of the others of its cluster.
 enum Schedule { kInOrder, kReversed, kShuffled, kWarpByWarp, kLastWarpFirst, kSchedules };
 inline Schedule schedule = kInOrder;
 /// Units in the last place by which every approximate result is moved, as the hardware's may be.
 inline int approximate_ulps = 0;
+/// The largest cluster this device can hold.
+inline int most_blocks_of_cluster = 16;
 
-constexpr int kWarp = 32, kMostThreads = 1024, kMostBlocksOfCluster = 16, kMostShared = 48 << 10;
+constexpr int kWarp = 32, kMostThreads = 1024, kMostShared = 48 << 10;
 constexpr int64_t kMostBlocks = 0x7fffffff;
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 
@@ -95,12 +98,15 @@ class Machine {
 
   int run(int64_t blocks_, int threads_, int cluster, int shared_bytes, std::function<void()> kernel) {
     if (blocks_ < 1 || blocks_ > kMostBlocks || threads_ < 1 || threads_ > kMostThreads || cluster < 1 ||
-        cluster > kMostBlocksOfCluster || blocks_ % cluster != 0 || shared_bytes < 0 || shared_bytes > kMostShared)
+        cluster > most_blocks_of_cluster || blocks_ % cluster != 0 || shared_bytes < 0 || shared_bytes > kMostShared)
       return kInvalidValue;
     blocks = unsigned(blocks_), threads = unsigned(threads_);
     kernel_ = std::move(kernel);
     while (stacks_.size() < size_t(cluster) * threads) stacks_.emplace_back(new unsigned char[kStack]);
-    for (first_ = 0; first_ < blocks; first_ += unsigned(cluster)) {
+    const unsigned clusters = blocks / unsigned(cluster);
+    const bool backwards = schedule == kReversed || schedule == kLastWarpFirst;
+    for (unsigned k = 0; k < clusters; ++k) {
+      first_ = (backwards ? clusters - 1 - k : k) * unsigned(cluster);
       blocks_of_cluster_ = std::vector<Block>(size_t(cluster));
       for (Block& b : blocks_of_cluster_) {
         b.shared.reset(static_cast<unsigned char*>(malloc(size_t(shared_bytes))));
@@ -164,23 +170,30 @@ class Machine {
     shim_switch(&scheduler_, current_->stack_pointer);
     return true;
   }
+  /// Each warp of a block as far as it gets, one after the other.
+  bool run_warps(size_t block) {
+    const size_t warps = blocks_of_cluster_[block].warps.size();
+    bool any = false;
+    for (size_t k = 0; k < warps; ++k) {
+      const size_t warp = schedule == kLastWarpFirst ? warps - 1 - k : k;
+      const size_t begin = block * threads + warp * kWarp, end = std::min(begin + kWarp, (block + 1) * threads);
+      for (bool moved = true; moved; any |= moved) {
+        moved = false;
+        for (size_t i = begin; i < end; ++i) moved |= step(i);
+      }
+    }
+    return any;
+  }
   void run_cluster() {
-    const size_t count = fibers_.size(), warps = blocks_of_cluster_[0].warps.size();
+    const size_t count = fibers_.size();
     std::vector<size_t> order(count);
     for (size_t i = 0; i < count; ++i) order[i] = schedule == kReversed ? count - 1 - i : i;
     std::mt19937 random(first_);
     for (bool any = true; any;) {
       any = false;
       if (schedule == kWarpByWarp || schedule == kLastWarpFirst) {
-        const size_t all = warps * blocks_of_cluster_.size();
-        for (size_t k = 0; k < all; ++k) {
-          const size_t warp = schedule == kLastWarpFirst ? all - 1 - k : k, block = warp / warps;
-          const size_t begin = block * threads + warp % warps * kWarp, end = std::min(begin + kWarp, (block + 1) * threads);
-          for (bool moved = true; moved; any |= moved) {
-            moved = false;
-            for (size_t i = begin; i < end; ++i) moved |= step(i);
-          }
-        }
+        for (size_t k = 0; k < blocks_of_cluster_.size(); ++k)
+          while (run_warps(schedule == kLastWarpFirst ? blocks_of_cluster_.size() - 1 - k : k)) any = true;
       } else {
         if (schedule == kShuffled) std::shuffle(order.begin(), order.end(), random);
         for (size_t i : order) any |= step(i);

@@ -47,6 +47,13 @@ double value(Float32, uint32_t bits) { return pattern<float>(bits); }
 double value(BFloat16, uint16_t bits) { return pattern<float>(uint32_t(bits) << 16); }
 double value(Float16, uint16_t bits) { return double(pattern<_Float16>(bits)); }
 
+/// All its digits.
+std::string text(double x) {
+  char digits[32];
+  snprintf(digits, sizeof digits, "%.17g", x);
+  return digits;
+}
+
 /// The distance of neighbours of that type at x.
 template <class T>
 double spacing(double x) {
@@ -133,7 +140,19 @@ void expect(bool condition, const char* what) {
   if (!condition) fail(what);
 }
 
-const cuda::Queue kQueues[] = {{nullptr, 132, 90}, {nullptr, 4, 80}};
+struct Device {
+  cuda::Queue queue;
+  int most_blocks_of_cluster;
+};
+// One whose clusters are smaller than the longest rows could use has a way of its own.
+const Device kDevices[] = {{{nullptr, 132, 90}, 16}, {{nullptr, 4, 80}, 1}, {{nullptr, 132, 90}, 2}};
+// So few multiprocessors that a block gets more than one tile of a tensor that is still quick to run.
+const cuda::Queue kSmallest = {nullptr, 1, 80};
+
+const cuda::Queue& use(const Device& device) {
+  shim::most_blocks_of_cluster = device.most_blocks_of_cluster;
+  return device.queue;
+}
 
 // ---- Rows ----------------------------------------------------------------------------------------------------------------
 
@@ -158,8 +177,8 @@ void compare(const Buffer<T>& got, const Buffer<T>& expected, long* off) {
     const int64_t far = steps<T>(got.p[i], expected.p[i]);
     if (far == 0) continue;
     if (T::dtype != kBFloat16 || far > 1)
-      fail("element " + std::to_string(i) + " is " + std::to_string(value(T(), got.p[i])) + ", the CPU's " +
-           std::to_string(value(T(), expected.p[i])));
+      fail("element " + std::to_string(i) + " is " + text(value(T(), got.p[i])) + ", the CPU's " +
+           text(value(T(), expected.p[i])));
     ++*off;
   }
 }
@@ -167,17 +186,20 @@ void compare(const Buffer<T>& got, const Buffer<T>& expected, long* off) {
 template <class T>
 void check_rows() {
   long cases = 0, off = 0, elements = 0;
-  const size_t sizes[] = {0,  1,  2,  3,   7,   8,   9,   15,  16,   17,   31,    33,
-                          63, 64, 65, 100, 255, 257, 511, 513, 2047, 4099, 16385, 70001};
+  // More than two tiles for each of its blocks.
+  const size_t kManyTiles = 64 * 2 * 512 * (16 / sizeof(typename T::Bits)) + 5;
+  const size_t sizes[] = {0,  1,  2,   3,   7,   8,   9,   15,   16,   17,    31,    33,        63,
+                          64, 65, 100, 255, 257, 511, 513, 2047, 4099, 16385, 70001, kManyTiles};
   for (int row = 0; row < int(std::size(kRows)); ++row)
     for (const auto& parameters : parameter_sets(kRows[row].parameters))
       for (size_t n : sizes) {
         if (n > 5000 && parameters != parameter_sets(kRows[row].parameters)[0]) continue;
-        for (int offset = 0; offset < (n > 300 ? 3 : 9); ++offset) {
-          // Each tensor begins elsewhere; sometimes all are aligned, or misaligned alike.
-          const int x_offset = offset, y_offset = offset % 3 == 0 ? offset : 0, dy_offset = (3 * offset) % 8;
+        for (int offset = 0; offset < (n == kManyTiles ? 1 : n > 300 ? 3 : 9); ++offset) {
+          // Inputs and output begin elsewhere: both at the same distance from an aligned address, or one of them just there.
+          const int x_offset = offset % 3 == 2 ? 0 : offset, dy_offset = 3 * x_offset % 8;
+          const int y_offset = offset % 3 == 1 ? 0 : offset;
           where = std::string(kRows[row].name) + ", " + std::to_string(n) + " elements from " + std::to_string(offset);
-          const cuda::Queue queue = kQueues[cases++ % 2];
+          const cuda::Queue queue = n == kManyTiles ? kSmallest : kDevices[cases++ % 2].queue;
           elements += 2 * long(n);
           Buffer<T> x(n, x_offset), dy(n, dy_offset), y(n, y_offset), expected(n);
           fill_wild(x);
@@ -194,6 +216,14 @@ void check_rows() {
           cpu::kernels().backward[row][T::dtype](dy.p, x.p, expected.p, int64_t(n), parameters.data());
           expect(cuda::kernels().backward[row][T::dtype](dy.p, x.p, dx.p, int64_t(n), parameters.data(), queue) == 0, "launch");
           compare(dx, expected, &off);
+          for (const bool over_dy : {true, false}) {
+            Buffer<T> over(over_dy ? dy : x, over_dy ? dy_offset : x_offset);
+            const auto* gradient = over_dy ? over.p : dy.p;
+            const auto* saved = over_dy ? x.p : over.p;
+            expect(cuda::kernels().backward[row][T::dtype](gradient, saved, over.p, int64_t(n), parameters.data(), queue) == 0,
+                   "launch");
+            expect(over == dx, "backward in place differs");
+          }
         }
       }
   printf("rows: %ld cases, %ld elements, %ld a step from the CPU's\n", cases, elements, off);
@@ -250,7 +280,7 @@ void check_softmax_values(const Buffer<T>& x, const Buffer<T>& y, const Buffer<T
     if constexpr (sizeof(typename T::Bits) == 2) error += 0.5 * spacing<T>(double(fabsl(exact) + error));
     // What is not a number of the type on either side of infinity has no distance.
     if (!(std::isnan(got) && std::isnan(double(exact))) && !(fabsl(got - exact) <= error))
-      fail("place " + std::to_string(j) + " is " + std::to_string(got) + " rather than " + std::to_string(double(exact)));
+      fail("place " + std::to_string(j) + " is " + text(got) + " rather than " + text(double(exact)));
   };
   for (int64_t outer = 0; outer < s.outer; ++outer)
     for (int64_t inner = 0; inner < s.inner; ++inner) {
@@ -307,16 +337,20 @@ template <class T>
 void check_softmax() {
   long cases = 0;
   const std::vector<SoftmaxShape> all = shapes();
-  for (const cuda::Queue& queue : kQueues)
+  for (const Device& device : kDevices) {
+    const cuda::Queue queue = use(device);
     for (size_t k = 0; k < all.size(); ++k) {
       const SoftmaxShape s = all[k];
+      // What fits into a block does not ask how large clusters are.
+      if (&device == &kDevices[2] && s.length * std::min<int64_t>(s.inner, 8) < 8192) continue;
       const size_t n = size_t(s.outer * s.length * s.inner);
       // Every kind of values meets every regime; the largest shapes see two of them.
       for (int values = 0; values < kValues; ++values) {
         if (n > 3000 && values != kNormal && values != int(k) % kValues) continue;
-        if (n <= 3000 && values != kNormal && queue.capability < 90) continue;
+        if (n <= 3000 && values != kNormal && &device != &kDevices[0]) continue;
         where = "softmax (" + std::to_string(s.outer) + ", " + std::to_string(s.length) + ", " + std::to_string(s.inner) +
-                ") for sm_" + std::to_string(queue.capability) + ", values " + std::to_string(values);
+                ") for sm_" + std::to_string(queue.capability) + ", clusters of " +
+                std::to_string(device.most_blocks_of_cluster) + ", values " + std::to_string(values);
         Buffer<T> x(n), dy(n);
         fill(x, Values(values), s);
         fill_normal(dy, 1);
@@ -324,6 +358,14 @@ void check_softmax() {
         const Buffer<T> y = softmax(x, s, queue), dx = softmax_backward(dy, y, s, queue);
         check_softmax_values(x, y, dy, dx, s);
         ++cases;
+        // Nor may the hardware's approximate results be off by so much that it shows.
+        for (const int ulps : {-2, 2}) {
+          if (sizeof(typename T::Bits) > 2 || n > 1000) break;
+          shim::approximate_ulps = ulps;
+          const Buffer<T> y_moved = softmax(x, s, queue);
+          check_softmax_values(x, y_moved, dy, softmax_backward(dy, y_moved, s, queue), s);
+          shim::approximate_ulps = 0;
+        }
 
         for (int schedule = 1; schedule < shim::kSchedules; ++schedule) {
           // The order must not matter, nor where the inputs begin.
@@ -343,6 +385,7 @@ void check_softmax() {
         }
       }
     }
+  }
   printf("softmax: %zu shapes, %ld cases, each under several schedules\n", all.size(), cases);
 }
 
@@ -364,11 +407,11 @@ void print_misrounded(const char* type) {
       printf("| %s | %s |", name, type);
       for (int ulps = -2; ulps <= 2; ++ulps) {
         shim::approximate_ulps = ulps;
-        cuda::kernels().forward[row][T::dtype](x.p, y.p, int64_t(x.n), parameters, kQueues[0]);
+        cuda::kernels().forward[row][T::dtype](x.p, y.p, int64_t(x.n), parameters, kDevices[0].queue);
         long wrong = 0;
         for (size_t i = 0; i < x.n; ++i) {
           const int64_t far = steps<T>(y.p[i], bits_of<T>(function(value(T(), x.p[i]))));
-          where = std::string(name) + " of " + std::to_string(value(T(), x.p[i]));
+          where = std::string(name) + " of " + text(value(T(), x.p[i]));
           expect(far <= 1, "more than a step off");
           wrong += far;
         }

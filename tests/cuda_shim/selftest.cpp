@@ -24,14 +24,30 @@ void block_sums(const float* x, float* y, bool first_barrier, bool second_barrie
   y[blockIdx.x * 128 + thread] = sum;
 }
 
-/// Every block of a cluster of four adds up what the others left in their shared memory.
-void cluster_sums(const float* x, float* y, bool first_barrier, bool last_barrier) {
-  shared_floats()[threadIdx.x] = x[blockIdx.x * 32 + threadIdx.x];
-  if (first_barrier) shim::machine.wait(shim::machine.cluster_barrier, 4 * 32);
+void cluster_barrier() { shim::machine.wait(shim::machine.cluster_barrier, 4 * 64); }
+
+/// Every block of a cluster of four adds up what the others left in their shared memory; twice through the same.
+void cluster_sums(const float* x, float* y, const std::string& fault) {
+  const unsigned thread = threadIdx.x;
   float sum = 0;
-  for (int rank = 0; rank < 4; ++rank) sum += reinterpret_cast<float*>(shim::machine.block(rank).shared.get())[threadIdx.x];
-  y[blockIdx.x * 32 + threadIdx.x] = sum;
-  if (last_barrier) shim::machine.wait(shim::machine.cluster_barrier, 4 * 32);
+  for (int round = 0; round < 2; ++round) {
+    shared_floats()[thread] = x[(blockIdx.x * 2 + unsigned(round)) * 64 + thread];
+    if (fault != "first cluster barrier") cluster_barrier();
+    for (int rank = 0; rank < 4; ++rank) sum += reinterpret_cast<float*>(shim::machine.block(rank).shared.get())[thread];
+    if (fault == "block barriers for a cluster" && round == 0) {
+      // Two: a thread that comes last to one goes on in its turn, and so is ahead without being let.
+      __syncthreads();
+      __syncthreads();
+    } else if (fault != "last cluster barrier" || round == 0) {
+      cluster_barrier();
+    }
+  }
+  y[blockIdx.x * 64 + thread] = sum;
+}
+
+/// Adds up all numbers in one launch, wrong because a block may run before the one whose sum it takes.
+void running_sums(const float* x, float* y) {
+  if (threadIdx.x == 0) y[blockIdx.x] = x[blockIdx.x] + (blockIdx.x > 0 ? y[blockIdx.x - 1] : 0);
 }
 
 struct alignas(16) Four {
@@ -59,14 +75,18 @@ int main(int, char** argv) {
         for (int k = 0; k < 256; ++k) expected += x[size_t(i / 128 * 256 + k)];
         right = right && y[size_t(i)] == expected;
       }
-    } else if (fault == "sound cluster" || fault == "first cluster barrier" || fault == "last cluster barrier") {
-      run(32, 4, 128,
-          [&] { cluster_sums(x.data(), y.data(), fault != "first cluster barrier", fault != "last cluster barrier"); });
-      for (int i = 0; i < blocks * 32; ++i) {
+    } else if (fault == "sound cluster" || fault == "first cluster barrier" || fault == "last cluster barrier" ||
+               fault == "block barriers for a cluster") {
+      run(64, 4, 64 * 4, [&] { cluster_sums(x.data(), y.data(), fault); });
+      for (int i = 0; i < blocks * 64; ++i) {
         float expected = 0;
-        for (int rank = 0; rank < 4; ++rank) expected += x[size_t((i / 128 * 4 + rank) * 32 + i % 32)];
+        for (int k = 0; k < 8; ++k) expected += x[size_t((i / 256 * 8 + k) * 64 + i % 64)];
         right = right && y[size_t(i)] == expected;
       }
+    } else if (fault == "order of blocks") {
+      std::fill(y.begin(), y.end(), 0.0f);
+      run(32, 1, 0, [&] { running_sums(x.data(), y.data()); });
+      for (int i = 1; i < blocks; ++i) right = right && y[size_t(i)] == y[size_t(i - 1)] + x[size_t(i)];
     } else if (fault == "read out of bounds") {
       run(128, 1, 0, [&] { y[threadIdx.x] = x[blockIdx.x * 256 + threadIdx.x + 129]; });
     } else if (fault == "shared overrun") {

@@ -45,5 +45,5 @@ int launch(void (*kernel)(P...), Grid grid, cuda::Queue, A... arguments) {
 }
 template <class... P>
 bool fits(void (*)(P...), Grid grid) {
-  return grid.cluster <= shim::kMostBlocksOfCluster;
+  return grid.cluster <= shim::most_blocks_of_cluster;
 }
