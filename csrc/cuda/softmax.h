@@ -37,7 +37,7 @@ __device__ __forceinline__ double shuffle(double v, int mask) { return __shfl_xo
 __device__ __forceinline__ float shuffle(float v, int mask) { return __shfl_xor_sync(kWholeWarp, v, mask); }
 __device__ __forceinline__ Quick shuffle(Quick v, int mask) { return __shfl_xor_sync(kWholeWarp, v.v, mask); }
 
-// ---- Reductions: all threads get the result, and none needs to be the same as any other's identity ----------------------
+// ---- Reductions: trees, whose result every thread gets -------------------------------------------------------------------
 
 struct Larger {
   /// What changes nothing: below every number. NaN does not come through, and need not (../softmax.h).
@@ -51,10 +51,6 @@ struct Larger {
   }
 };
 struct Sum {
-  template <class V>
-  __device__ __forceinline__ static V none() {
-    return V(0);
-  }
   template <class V>
   __device__ __forceinline__ V operator()(V a, V b) const {
     return a + b;
@@ -100,11 +96,8 @@ struct Team {
     if (blocks > 1) cluster_barrier();
   }
 
-  /// Bytes of shared memory for that many reductions.
-  template <class V>
-  static constexpr int shared(int slots) {
-    return slots * (kWarp + 1) * int(sizeof(V));
-  }
+  /// Bytes of shared memory that so many reductions of numbers of that size need.
+  static constexpr int shared(int slots, int size) { return slots * (kWarp + 1) * size; }
 };
 
 // ---- Rows along memory ---------------------------------------------------------------------------------------------------
@@ -486,11 +479,12 @@ inline int bits_for(int64_t n) {
   return bits;
 }
 
-/// For rows along memory: E elements a thread, 2^bits threads a row. False where no block or cluster can hold the row.
+/// For rows along memory: so many elements a thread, 2^bits threads a row.
 struct RowPlan {
   int elements, bits;
   Grid grid;
 
+  /// False where no block, and no cluster where there are clusters, can hold the row.
   bool make(const SoftmaxShape& s, int few, int many, int lane_size, bool clusters) {
     if (s.inner != 1) return false;
     elements = s.length <= kWarp * few ? few : many;
@@ -500,7 +494,7 @@ struct RowPlan {
     grid.threads = team <= kWarp ? kUsualThreads : team < kMostThreads ? int(team) : kMostThreads;
     grid.cluster = team > kMostThreads ? int(team / kMostThreads) : 1;
     grid.blocks = (s.outer * team + grid.threads - 1) / grid.threads;
-    grid.shared = team > kWarp ? 2 * (kWarp + 1) * lane_size : 0;
+    grid.shared = team > kWarp ? Team::shared(2, lane_size) : 0;
     return true;
   }
 };
