@@ -10,13 +10,25 @@ import mpmath
 import pytest
 import torch
 from conftest import DEVICE, SEED, parameter_sets
-from ulp import FORMATS, Worst, backward_formula, backward_sweep, exact_parameters, forward_sweep, patterns, ulp_of
+from ulp import (
+    FORMATS,
+    Worst,
+    backward_formula,
+    backward_sweep,
+    exact_parameters,
+    forward_sweep,
+    patterns,
+    rounded_once,
+    ulp_of,
+)
 
 from fastact import _registry
 from fastact._registry import Row
 
 # Inputs a 16-bit kernel may round the wrong way: the float32 result lies that close to the middle of two neighbours.
 MISROUNDED = {torch.bfloat16: 4, torch.float16: 6}
+# And where a parameter is no power of two: a product with it is rounded to float32 before, here as in torch.
+MISROUNDED_PRODUCTS = {torch.bfloat16: 4, torch.float16: 32}
 # A product of up to four factors, each rounded, and a difference that is exact or rounded once.
 BACKWARD_ULP = 3.0
 # What the float32 result was off by before it was rounded to 16 bits, in steps of float16, of which 2^-13 make a float32 ULP.
@@ -26,6 +38,11 @@ BEFORE_ROUNDING = {"cpu": 3 * 2.0**-13, "cuda": 2.0**-9}[DEVICE]
 BEFORE_ROUNDING_BACKWARD = {"cpu": 4 * 2.0**-13, "cuda": 2.0**-9}[DEVICE]
 # A prime, so that every exponent meets every residue of the fraction: about 2.1 million inputs.
 STEP = 2039
+
+
+def misrounded_at_most(parameters: tuple[float, ...], dtype: torch.dtype) -> int:
+    powers_of_two = all(math.frexp(abs(p))[0] in (0.0, 0.5) for p in parameters)
+    return (MISROUNDED if powers_of_two else MISROUNDED_PRODUCTS)[dtype]
 
 
 def ident(row: Row, parameters: tuple[float, ...], isa: str, dtype: torch.dtype) -> str:
@@ -46,12 +63,24 @@ def test_float32_backward(row: Row, isa: str) -> None:
             assert worst.error <= BACKWARD_ULP, f"dy {dy} {ident(row, parameters, isa, torch.float32)}: {worst}"
 
 
+def test_the_measure_rounds_once() -> None:
+    """Beside the middle of two neighbours, closer than float32 tells; and where float16 ends."""
+    middle, subnormal = 0.5 + 2.0**-12, 2.0**-25
+    wide = [middle - 2.0**-40, middle, middle + 2.0**-40, subnormal, subnormal + 2.0**-60, 65520 - 2.0**-30, 65520, 1e300]
+    near = [0.5, 0.5, 0.5 + 2.0**-11, 0.0, 2.0**-24, 65504, math.inf, math.inf]
+    for sign in (1, -1):
+        got = rounded_once(torch.tensor(wide, dtype=torch.float64) * sign, torch.float16)
+        assert got.tolist() == [sign * number for number in near]
+    assert rounded_once(torch.tensor(math.nan, dtype=torch.float64), torch.bfloat16).isnan()
+
+
 @pytest.mark.parametrize("dtype16", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_16_bit_forward_is_correctly_rounded(row: Row, dtype16: torch.dtype, isa: str) -> None:
     for parameters in exact_parameters(row):
         worst = forward_sweep(row, parameters, patterns(dtype16))
         name = ident(row, parameters, isa, dtype16)
-        assert worst.misrounded <= MISROUNDED[dtype16], f"{name}: {worst.misrounded} of 65,536 misrounded, the worst {worst}"
+        most = misrounded_at_most(parameters, dtype16)
+        assert worst.misrounded <= most, f"{name}: {worst.misrounded} of 65,536 misrounded, the worst {worst}"
         assert worst.error <= 0.5 + BEFORE_ROUNDING, f"{name}: {worst}"
 
 
