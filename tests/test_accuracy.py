@@ -32,7 +32,7 @@ MISROUNDED_PRODUCTS = {torch.bfloat16: 4, torch.float16: 32}
 # A product of up to four factors, each rounded, and a difference that is exact or rounded once.
 BACKWARD_ULP = 3.0
 # What the float32 result was off by before it was rounded to 16 bits, in steps of float16, of which 2^-13 make a float32 ULP.
-# On CUDA 16-bit types take the hardware's exponential and reciprocal, good to 22 bits each: with a factor of two for what the
+# On CUDA bfloat16 takes the hardware's exponential and reciprocal, good to 22 bits each: with a factor of two for what the
 # formulas make of them, 2^-20 of a value, which has at least 2^10 steps.
 BEFORE_ROUNDING = {"cpu": 3 * 2.0**-13, "cuda": 2.0**-9}[DEVICE]
 BEFORE_ROUNDING_BACKWARD = {"cpu": 4 * 2.0**-13, "cuda": 2.0**-9}[DEVICE]

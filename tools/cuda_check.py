@@ -29,7 +29,7 @@ TABLE = ROOT / "docs" / "cuda-kernels.md"
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="functions")
 # What may be called: for rare operands of a division in IEEE arithmetic; and to divide indices, once a thread of softmax.
 SUBROUTINES = r".* \w*(div|rcp)_rn_|softmax_.* (div|rem)_[su]"
-UNROLL = 2  # kUnroll of csrc/cuda/elementwise.h
+UNROLL = int(re.search(r"kUnroll = (\d+)", (ROOT / "csrc" / "cuda" / "elementwise.h").read_text())[1])
 PHASES = ("whole", "part", "rest")  # Phase of csrc/cuda/softmax.h
 OLDEST_NVCC = (13, 0)  # the first that knows all of the default architectures and is of the major version torch is built with
 
