@@ -275,6 +275,7 @@ Buffer<T> softmax_backward(const Buffer<T>& dy, const Buffer<T>& y, const Softma
 template <class T>
 void check_softmax_values(const Buffer<T>& x, const Buffer<T>& y, const Buffer<T>& dy, const Buffer<T>& dx,
                           const SoftmaxShape& s) {
+  const int distances = sizeof(typename T::Bits) == 2 ? 2 : 1;
   const double unit = T::precision == 53 ? 0x1p-53 : 0x1p-24, smallest = T::precision == 53 ? 0x1p-1022 : 0x1p-126;
   const auto check = [&](double got, long double exact, long double error, int64_t j) {
     if constexpr (sizeof(typename T::Bits) == 2) error += 0.5 * spacing<T>(double(fabsl(exact) + error));
@@ -306,7 +307,7 @@ void check_softmax_values(const Buffer<T>& x, const Buffer<T>& y, const Buffer<T
           continue;
         }
         const long double below = m - value(T(), x.p[at(j)]), exact = expl(-below) / sum;
-        check(got, exact, std::isinf(double(below)) ? 0 : exact * (2 * below + 20) * unit + smallest, j);
+        check(got, exact, std::isinf(double(below)) ? 0 : exact * (distances * below + 20) * unit + smallest, j);
         const long double slope = value(T(), dy.p[at(j)]) - dot;
         check(gradient, got * slope, got * (4 * fabsl(slope) + 24 * size) * unit + smallest, j);
       }
