@@ -17,16 +17,14 @@ struct SavesOutput {
   FASTACT_FN static bool saves_input(const double*) { return false; }
 };
 
-/// 1 / (1 + exp(-x)). With e = exp(-|x|) there is one division, d = e / (1 + e), and no overflow. Where x < 0 and e is small,
-/// e - e d has the accuracy of e alone. Far below zero the result is e^x, down to the last subnormal number.
+/// 1 / (1 + exp(-x)): the sum is rounded once, the quotient once. Far below zero the result is e^x, down to the last subnormal
+/// number.
 template <class V>
 struct Sigmoid : SavesOutput {
   FASTACT_FN explicit Sigmoid(const double*) {}
   FASTACT_FN V forward(V x) const {
     const V normal(Constants<typename ElementOf<V>::type>::exp_normal);
-    const V e = exp_beside_one(copysign(x, V(-1)));
-    const V d = e / (1 + e);
-    const V y = select(x > V(0), 1 - d, select(e < V(0.5), fma(-e, d, e), d));
+    const V y = logistic(x);
     return any_less(x, normal) ? select(x < normal, exp_subnormal(x), y) : y;
   }
   FASTACT_FN V backward(V dy, V y) const { return dy * (y * (1 - y)); }
@@ -50,19 +48,11 @@ struct LeakyReLU {
   FASTACT_FN V backward(V dy, V saved) const { return select(saved > V(0), dy, negative_slope * dy); }
 };
 
-/// tanh(x): with e = e^(-2|x|), 1 - 2 e / (1 + e) above 0.625, |x| + |x|^3 P(x^2) below; the sign is put back, so that it is
-/// odd bit for bit.
+/// tanh(x): of the magnitude, with the sign put back, so that it is odd bit for bit.
 template <class V>
 struct Tanh : SavesOutput {
   FASTACT_FN explicit Tanh(const double*) {}
-  FASTACT_FN V forward(V x) const {
-    using C = Constants<typename ElementOf<V>::type>;
-    const V a = abs(x);
-    const V e = exp_beside_one(-2 * a);
-    const V large = 1 - (e + e) / (1 + e);
-    const V small = fma(a, (a * a) * C::tanh_tail(a * a), a);
-    return copysign(select(a > V(0.625), large, small), x);
-  }
+  FASTACT_FN V forward(V x) const { return copysign(tanh_nonnegative(abs(x)), x); }
   // (1 - y)(1 + y) rather than 1 - y^2: both factors are exact to a rounding where y is near 1.
   FASTACT_FN V backward(V dy, V y) const { return dy * ((1 - y) * (1 + y)); }
 };

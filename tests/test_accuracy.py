@@ -56,6 +56,17 @@ def test_float32_forward(row: Row, isa: str) -> None:
         assert worst.error <= row.ulp, f"{ident(row, parameters, isa, torch.float32)}: {worst}"
 
 
+def test_float32_where_e_to_x_turns_subnormal(row: Row, isa: str) -> None:
+    """There the two ways to compute it meet: every input from -87.4 to -87.3."""
+    first, last = (torch.tensor(x).view(torch.int32).item() for x in (-87.3, -87.4))
+    x = torch.arange(first, last, dtype=torch.int32).view(torch.float32)
+    for parameters in exact_parameters(row):
+        if row.name == "scaled_sigmoid":
+            continue  # test_scaled_sigmoid_where_the_sigmoid_is_subnormal
+        worst = forward_sweep(row, parameters, iter([x]))
+        assert worst.error <= row.ulp, f"{ident(row, parameters, isa, torch.float32)}: {worst}"
+
+
 def test_float32_backward(row: Row, isa: str) -> None:
     for parameters in exact_parameters(row):
         for dy in (1.0, -3.0, 2.0**-10):
@@ -97,7 +108,23 @@ def float64_inputs(generator: torch.Generator) -> torch.Tensor:
     """Magnitudes from 2^-30 to 2^10, and the places where formulas change branch or results leave the normal range."""
     exponents = torch.rand(1500, generator=generator, dtype=torch.float64) * 40 - 30
     signs = torch.randint(0, 2, (1500,), generator=generator) * 2 - 1
-    special = [0.625, 0.6250001, 0.34657, -0.34658, -745.2, -745.0, -709.0, -708.0, 36.7, 19.1, 1e-310, -1e-310, 5e-324]
+    special = [
+        0.625,
+        0.6250001,
+        0.34657,
+        -0.34658,
+        -745.2,
+        -745.0,
+        -709.0,
+        -708.0,
+        -708.39641853226414,
+        -708.396418532264,
+        36.7,
+        19.1,
+        1e-310,
+        -1e-310,
+        5e-324,
+    ]
     return torch.cat([signs * exponents.exp2(), torch.tensor(special, dtype=torch.float64)])
 
 

@@ -1,6 +1,6 @@
-"""Derives the polynomial coefficients of csrc/lane.h: minimax fits by the Remez exchange algorithm.
+"""Derives the coefficients of csrc/lane.h and csrc/cpu/tanh_table.h: minimax fits by the Remez exchange algorithm.
 
-    python tools/coefficients.py          prints every table as it stands in csrc/lane.h
+    python tools/coefficients.py          prints every table as it stands there
 
 Each function is written as `head(x) + x^k P(u)`, where the head is exact, and P is the polynomial of the given
 degree that minimises the largest relative error of the whole function over the interval. The fit is made in 40 digits and its
@@ -136,6 +136,57 @@ def remez(fit: Fit) -> list[mp.mpf]:
     return coefficients
 
 
+# The pieces of csrc/cpu/tanh_table.h: 32 intervals of a + SHIFT, eight to a power of two, counted by the bits of that float.
+TANH_SHIFT, TANH_PIECES, TANH_DEGREE = 0.625, 32, 4
+
+
+def tanh_pieces() -> list[list[mp.mpf]]:
+    """(m, c0, ..., c4) in the order of the index, where tanh a = c0 + c1 (a - m) + ... + c4 (a - m)^4.
+
+    m lies where tanh m is a float but for a hundredth of a rounding, so that c0 is as good as exact. In the first piece, which
+    starts at 0, m = c0 = 0 and c1 = 1.
+    """
+    pieces: list[list[mp.mpf]] = [[]] * TANH_PIECES
+    first = float_bits(TANH_SHIFT) >> 20
+    for code in range(first, first + TANH_PIECES):
+        low, high = (mp.mpf(bits_float(c << 20)) - TANH_SHIFT for c in (code, code + 1))
+        exact = code == first
+        m = mp.mpf(0) if exact else lucky_middle(low, high)
+        known = 2 if exact else 1  # terms that are not fitted
+
+        def target(r: mp.mpf, m: mp.mpf = m, exact: bool = exact) -> mp.mpf:
+            if exact:
+                return r * tanh_tail(r**2)
+            return (mp.tanh(m + r) - mp.tanh(m)) / r if abs(r) > mp.mpf("1e-15") else 1 - mp.tanh(m) ** 2
+
+        def weight(r: mp.mpf, m: mp.mpf = m, known: int = known) -> mp.mpf:
+            return r**known / mp.tanh(m + r) if m + r else mp.mpf(0)
+
+        # The sum a + SHIFT is rounded: an argument may fall into the next piece.
+        slack = mp.mpf(2) ** -20
+        fit = Fit("", "", target, weight, low - m - (0 if exact else slack), high - m + slack, TANH_DEGREE - known, "float")
+        fitted = [rounded(c, "float") for c in remez(fit)]
+        pieces[code % TANH_PIECES] = [m, mp.tanh(m) if not exact else mp.mpf(0), *[mp.mpf(1)] * exact, *fitted]
+    return pieces
+
+
+def lucky_middle(low: mp.mpf, high: mp.mpf) -> mp.mpf:
+    """Of the floats beside the middle, the first that will do."""
+    for j in range(10_000):
+        m = rounded((low + high) / 2 + (high - low) * (-1) ** j * j / 20_000, "float")
+        if abs(mp.tanh(m) - rounded(mp.tanh(m), "float")) < mp.tanh(m) * mp.mpf(2) ** -31:
+            return m
+    raise AssertionError(f"no number from {low} to {high} will do")
+
+
+def float_bits(value: float) -> int:
+    return int(struct.unpack("I", struct.pack("f", value))[0])
+
+
+def bits_float(bits: int) -> float:
+    return float(struct.unpack("f", struct.pack("I", bits))[0])
+
+
 def worst(fit: Fit, coefficients: list[mp.mpf]) -> mp.mpf:
     grid = [fit.low + (fit.high - fit.low) * i / 1000 for i in range(1001)]
     return max(abs((mp.polyval(coefficients[::-1], u) - fit.target(u)) * fit.weight(u)) for u in grid)
@@ -147,6 +198,9 @@ def main() -> None:
         error = mp.log(worst(fit, coefficients), 2)
         print(f"// {fit.name}: {fit.of}, degree {fit.degree}, relative error 2^{float(error):.1f}")
         print(", ".join(literal(c, fit.ctype) for c in coefficients))
+    for k, row in enumerate(zip(*tanh_pieces(), strict=True)):
+        print(f"// tanh_table: {'middle' if k == 0 else f'coefficient {k - 1}'}")
+        print(", ".join(literal(rounded(value, "float"), "float") for value in row))
     for ctype, bits in (("float", 15), ("double", 38)):
         # The high part keeps so few bits that n * high is exact for every n of the range.
         high = mp.floor(LN2 * 2**bits + mp.mpf("0.5")) / 2**bits

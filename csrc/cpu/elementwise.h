@@ -3,6 +3,7 @@
 
 #include "../kernels.h"
 #include "storage.h"
+#include "tanh_table.h"
 
 namespace fastact {
 namespace FASTACT_NAMESPACE {

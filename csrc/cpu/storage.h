@@ -83,7 +83,13 @@ struct Format<BFloat16> {
   FASTACT_FN static Wide rounded(Float v, bool nan) {
     const Wide u = (Wide)v.raw;
     // Adding just under half of the last kept bit, and that bit itself, rounds to nearest even; but it may carry a NaN over.
+#if defined(__x86_64__) && FASTACT_VECTOR_BYTES == 64
+    const __mmask16 odd = _mm512_test_epi32_mask((__m512i)u, _mm512_set1_epi32(0x10000));
+    const Wide half = u + 0x7fff;
+    const Wide even = (Wide)_mm512_mask_add_epi32((__m512i)half, odd, (__m512i)half, _mm512_set1_epi32(1));
+#else
     const Wide even = u + (((u >> 16) & 1) + 0x7fff);
+#endif
     if (!nan) return even;
     return (u & 0x7fffffff) > 0x7f800000 ? u | 0x7fc00000 : even;
   }

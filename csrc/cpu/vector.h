@@ -19,12 +19,12 @@ struct BitsOf;
 template <>
 struct BitsOf<float> {
   using Signed = int32_t;
-  static constexpr int fraction = 23, bias = 127;
+  static constexpr int fraction = 23;
 };
 template <>
 struct BitsOf<double> {
   using Signed = int64_t;
-  static constexpr int fraction = 52, bias = 1023;
+  static constexpr int fraction = 52;
 };
 
 template <class T, int N>
@@ -75,8 +75,8 @@ FASTACT_FN Float max(Float a, Float b) { return Float(_mm512_max_ps(a.raw, b.raw
 FASTACT_FN Double max(Double a, Double b) { return Double(_mm512_max_pd(a.raw, b.raw)); }
 FASTACT_FN Float min(Float a, Float b) { return Float(_mm512_min_ps(a.raw, b.raw)); }
 FASTACT_FN Double min(Double a, Double b) { return Double(_mm512_min_pd(a.raw, b.raw)); }
-FASTACT_FN Float scale2(Float x, Float n) { return Float(_mm512_scalef_ps(x.raw, n.raw)); }
-FASTACT_FN Double scale2(Double x, Double n) { return Double(_mm512_scalef_pd(x.raw, n.raw)); }
+FASTACT_FN Float scale2(Float x, Float n, Float) { return Float(_mm512_scalef_ps(x.raw, n.raw)); }
+FASTACT_FN Double scale2(Double x, Double n, Double) { return Double(_mm512_scalef_pd(x.raw, n.raw)); }
 FASTACT_FN bool any_less(Float a, Float b) { return _mm512_cmp_ps_mask(a.raw, b.raw, _CMP_LT_OQ); }
 FASTACT_FN bool any_less(Double a, Double b) { return _mm512_cmp_pd_mask(a.raw, b.raw, _CMP_LT_OQ); }
 FASTACT_FN bool any_nan(Float a, Float b) { return _mm512_cmp_ps_mask(a.raw, b.raw, _CMP_UNORD_Q); }
@@ -137,14 +137,10 @@ FASTACT_FN Lanes<T, N> min(Lanes<T, N> a, Lanes<T, N> b) {
 
 #endif
 
-/// Adding the bias leaves n in the low bits, from where a shift brings it to the exponent.
 template <class T, int N>
-FASTACT_FN Lanes<T, N> scale2(Lanes<T, N> x, Lanes<T, N> n) {
+FASTACT_FN Lanes<T, N> scale2(Lanes<T, N> x, Lanes<T, N>, Lanes<T, N> biased) {
   using L = Lanes<T, N>;
-  using B = BitsOf<T>;
-  const L bias(Constants<T>::round_bias);
-  const typename L::Bits exponent = (typename L::Bits)(n + bias).raw - (typename L::Bits)bias.raw + B::bias;
-  return x * L((typename L::Raw)(exponent << B::fraction));
+  return x * L((typename L::Raw)((typename L::Bits)biased.raw << BitsOf<T>::fraction));
 }
 
 #endif

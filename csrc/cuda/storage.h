@@ -42,21 +42,21 @@ FASTACT_FN Quick min(Quick a, Quick b) { return min(a.v, b.v); }
 FASTACT_FN Quick abs(Quick x) { return abs(x.v); }
 FASTACT_FN Quick copysign(Quick x, Quick s) { return copysign(x.v, s.v); }
 FASTACT_FN Quick fma(Quick a, Quick b, Quick c) { return fma(a.v, b.v, c.v); }
-FASTACT_FN Quick scale2(Quick x, Quick n) { return scale2(x.v, n.v); }
+FASTACT_FN Quick scale2(Quick x, Quick n, Quick biased) { return scale2(x.v, n.v, biased.v); }
 FASTACT_FN Quick bits_difference(Quick a, Quick b) { return bits_difference(a.v, b.v); }
 FASTACT_FN bool any_less(Quick a, Quick b) { return a.v < b.v; }
 
-/// Divisors of formulas lie between 1 and 2, sums of softmax between 1 and the length of a row.
+/// Divisors of formulas lie between 1 and 2^126, sums of softmax between 1 and the length of a row.
 __device__ __forceinline__ Quick operator/(Quick a, Quick b) { return a.v * reciprocal_approx(b.v); }
 
 /// The rounding error of x log2(e), which counts where x is large, is put back.
-__device__ __forceinline__ Quick exp_beside_one(Quick x_) {
+__device__ __forceinline__ Quick logistic(Quick x_) {
   using C = Constants<float>;
-  const float x = max(C::exp_normal, x_.v);
-  const float t = x * C::log2_e;
-  const float rest = fma(x, C::log2_e, -t);
+  const float x = min(-C::exp_normal, x_.v);
+  const float t = x * -C::log2_e;
+  const float rest = fma(x, -C::log2_e, -t);
   const float e = exp2_approx(t);
-  return fma(e, rest * (C::ln2_high + C::ln2_low), e);
+  return 1 / Quick(1 + fma(e, rest * (C::ln2_high + C::ln2_low), e));
 }
 
 /// The terms of a softmax. What is lost of x log2(e) for terms far below 1 does not show in 16 bits.
