@@ -1,7 +1,10 @@
 """The benchmark refuses wrong results, and its files and exit codes can be relied on."""
 
 import dataclasses
+import hashlib
 import json
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +13,15 @@ import torch
 from fastact._registry import elementwise, softmax
 from fastact.bench import __main__ as program
 from fastact.bench import cases as cases_module
+from fastact.bench import timing
 from fastact.bench.cases import DTYPES, TENSORS_MOVED, Case, Inputs, make_cases, op_names, sides
 from fastact.bench.check import WrongResult
 from fastact.bench.compiling import Compiler
 from fastact.bench.environment import Neighbours, environment
 from fastact.bench.measure import measure
+from fastact.bench.peers import Peers
 from fastact.bench.report import Report
-from fastact.bench.timing import CallTimer, CudaTimer, Spread, Timer
+from fastact.bench.timing import CallTimer, CpuTimer, CudaTimer, Spread, Timer
 
 
 @pytest.fixture(autouse=True)
@@ -182,6 +187,23 @@ def test_compare_ignores_a_few_percent_of_a_long_time(report_file):
     assert program.main(["--from", str(longer), "--compare", str(second)]) == 0
 
 
+def test_compare_finds_what_is_slower_by_both_limits_and_shows_it(report_file, capsys):
+    """Just more than 10 % and 20 us: exit code 1, and a line that says how much, from what to what, and where."""
+    old = rewritten(report_file, lambda row: row["ours"].update(median=200e-6))
+    old = old.rename(old.with_name("old.json"))
+    new = rewritten(old, slower_by(1.11))
+
+    assert program.main(["--from", str(new), "--compare", str(old)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert f"  slower  +11%     200 us ->    222 us  {an_op()} forward, float32, 300" in lines
+    assert lines[-1] == "6 of 6 rows compared, 6 slower and 0 faster by 10% and 20 us at least"
+    # More than 10 % and less than 20 us, and the other way round.
+    for was, factor in ((100e-6, 1.19), (1e-3, 1.09)):
+        old = rewritten(report_file, lambda row, was=was: row["ours"].update(median=was))
+        old = old.rename(old.with_name("old.json"))
+        assert program.main(["--from", str(rewritten(old, slower_by(factor))), "--compare", str(old)]) == 0
+
+
 def test_compare_measures_against_an_old_file(report_file, capsys):
     old = rewritten(report_file, slower_by(1.0, 100.0))
 
@@ -220,6 +242,217 @@ def test_a_failing_compiler_costs_a_column_and_is_explained():
 
     assert [row.compiled for row in measure(cases, "cpu", 0.0, compiler)] == [None] * 3
     assert compiler.notes() == ["3 rows without torch.compile: RuntimeError: no C++ compiler"]
+
+
+class FakeJax:
+    """As much of JAX as is used, made of torch."""
+
+    __version__ = "of torch"
+
+    def __init__(self):
+        self.config = SimpleNamespace(update=lambda *_: None)
+        self.dlpack = SimpleNamespace(from_dlpack=lambda tensor: tensor)
+        self.numpy = SimpleNamespace(where=torch.where, tanh=torch.tanh)
+        functional = torch.nn.functional
+        self.nn = SimpleNamespace(
+            sigmoid=torch.sigmoid,
+            relu=torch.relu,
+            leaky_relu=functional.leaky_relu,
+            elu=functional.elu,
+            softmax=torch.softmax,
+        )
+
+    def devices(self):
+        return ["cpu"]
+
+    def jit(self, function):
+        return lambda *arrays: SimpleNamespace(block_until_ready=lambda: function(*arrays))
+
+
+class FakeOnnx:
+    """As much of onnx and onnxruntime as is used, made of torch; a model is what it was made of."""
+
+    __version__ = "of torch"
+    TensorProto = SimpleNamespace(FLOAT=torch.float32, BFLOAT16=torch.bfloat16, FLOAT16=torch.float16, DOUBLE=torch.float64)
+    OrtValue = SimpleNamespace(from_dlpack=lambda tensor: tensor)
+    FUNCTIONS = {  # noqa: RUF012
+        "Sigmoid": torch.sigmoid,
+        "Relu": torch.relu,
+        "LeakyRelu": lambda x, alpha: torch.nn.functional.leaky_relu(x, alpha),
+        "Tanh": torch.tanh,
+        "Elu": torch.nn.functional.elu,
+        "Softmax": lambda x, axis: torch.softmax(x, axis),
+    }
+
+    def __init__(self):
+        self.helper = SimpleNamespace(
+            make_tensor_value_info=lambda name, kind, shape: (kind, shape),
+            make_node=lambda operator, inputs, outputs, **attributes: (operator, attributes),
+            make_graph=lambda nodes, name, inputs, outputs: (*nodes[0], *inputs[0]),
+            make_opsetid=lambda domain, version: version,
+            make_model=lambda graph, **_: SimpleNamespace(SerializeToString=lambda: graph),
+        )
+
+    class SessionOptions:
+        pass
+
+    class InferenceSession:
+        def __init__(self, model, options, providers):
+            assert options.intra_op_num_threads == torch.get_num_threads()
+            assert providers == ["CPUExecutionProvider"]
+            self.operator, self.attributes, self.kind, self.shape = model
+            if self.kind == torch.bfloat16:
+                raise type("NotImplemented", (Exception,), {})("Could not find an implementation for the node")
+
+        def io_binding(self):
+            return FakeOnnx.Binding()
+
+        def run_with_iobinding(self, binding):
+            assert binding.y is None, "the output is a new one"
+            assert (binding.x.dtype, tuple(binding.x.shape)) == (self.kind, self.shape)
+            binding.y = FakeOnnx.FUNCTIONS[self.operator](binding.x, **self.attributes)
+
+    class Binding:
+        def bind_ortvalue_input(self, name, value):
+            self.x = value
+
+        def bind_output(self, name, device):
+            self.y = None
+
+        def get_outputs(self):
+            return [self.y]
+
+
+@pytest.fixture
+def fake_peers(monkeypatch):
+    jax, onnx = FakeJax(), FakeOnnx()
+    for name, module in {"jax": jax, "jax.numpy": jax.numpy, "onnx": onnx, "onnxruntime": onnx}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return SimpleNamespace(jax=jax, onnx=onnx)
+
+
+def test_peers_are_measured_beside_torch(fake_peers, tmp_path, capsys):
+    assert run("--peers", "--dtypes", "float32", "bfloat16", "--json", tmp_path / "peers.json") == 0
+
+    report = Report.load(tmp_path / "peers.json")
+    for row in report.rows:
+        expected = {"forward": {"ort", "jax"}, "backward": {"jax"}, "both": set()}[row.direction]
+        if row.dtype == "bfloat16" or row.op == "scaled_sigmoid":  # which ONNX Runtime lacks
+            expected.discard("ort")
+        assert set(row.peers) == expected, row
+        assert row.ratio_peers == {name: row.peers[name].median / row.ours.median for name in expected}
+    out = capsys.readouterr().out
+    assert "x ort  x jax" in out
+    assert "rows without ort: no kernel for bfloat16" in out
+    assert out.rstrip("\n") == report.table()
+    assert max(len(line) for line in out.splitlines()[2:] if line.startswith(" ")) <= 120
+
+
+def test_absent_peers_are_named_with_the_command_that_installs_them(monkeypatch, capsys):
+    for name in ("jax", "onnx", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    assert run("--ops", an_op(), "--dtypes", "float32", "--peers") == 0
+
+    out = capsys.readouterr().out
+    for name, module in (("ort", "onnxruntime"), ("jax", "jax")):
+        assert f"{name}: left out, {module} is missing: pip install 'fastact[bench]'" in out
+        assert f"x {name}" not in out
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda y: y * 1.001, id="slightly off"),
+        pytest.param(lambda y: y * float("nan"), id="NaN"),
+        pytest.param(lambda y: y.double(), id="dtype"),
+        pytest.param(lambda y: y[None], id="shape"),
+        pytest.param(lambda y: y.nothing_of_the_kind(), id="raises"),
+    ],
+)
+def test_a_wrong_peer_costs_its_cells_only(fake_peers, spoil):
+    fake_peers.jax.nn.sigmoid = lambda x: spoil(torch.sigmoid(x))
+    peers = Peers()
+    rows = list(measure([Case(elementwise["sigmoid"], "float32", "300", (300,))], "cpu", 0.0, peers=peers))
+
+    assert [set(row.peers) for row in rows] == [{"ort"}, {"jax"}, set()]
+    assert sum("1 rows without jax: " in note for note in peers.notes()) == 1
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_installed_peers_compute_what_is_measured(name):
+    for module in ("jax", "onnx", "onnxruntime"):
+        pytest.importorskip(module, reason="pip install 'fastact[bench]'")
+    peers = Peers()
+    for case in make_cases(op_names(), [name], quick=True):
+        inputs = Inputs(case, "cpu")
+        for direction, side in sides(case, inputs).items():
+            found = peers(case, inputs, direction, side.ours)
+            assert ("jax" in found) == (direction != "both"), peers.notes()
+            has_kernel = name in ("float32", "float16") and case.row.name != "scaled_sigmoid"
+            assert "ort" in found or direction != "forward" or not has_kernel, peers.notes()
+
+
+def test_peers_have_the_cores_to_themselves(monkeypatch):
+    """The threads of one library settle before another's call is timed, and that call wakes its own first."""
+    events = []
+    monkeypatch.setattr(timing, "settle", lambda: events.append("settle") or 0.0)
+    monkeypatch.setattr(CpuTimer, "prepare", lambda self, call: lambda: events.append("timed") or call() or 1.0)
+    calls = {name: lambda name=name: events.append(name) for name in ("ours", "eager", "peer")}
+
+    CpuTimer()(calls, 0.0)
+    assert "settle" not in events
+    del events[:]
+    CpuTimer()(calls, 0.0, strangers={"peer"})
+    once = ["timed", "eager", "settle", "peer", "timed", "peer"]
+    assert events == ["timed", "ours", *once, *["settle", "ours", "timed", "ours", *once] * (Timer.LEAST - 1)]
+
+
+def test_settling_waits_for_the_threads_that_run(monkeypatch):
+    states = [True, True, False]
+    monkeypatch.setattr(timing, "others_run", lambda: states.pop(0))
+    assert timing.settle() > 0
+    assert not states
+
+    monkeypatch.setattr(timing, "others_run", lambda: True)
+    timing.settle()  # and not forever
+
+
+def test_running_threads_are_seen():
+    stop = threading.Event()
+    data = bytes(1 << 22)
+
+    def work():
+        while not stop.is_set():
+            hashlib.sha256(data)  # runs without the interpreter's lock
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert any(timing.others_run() for _ in range(1000))
+    finally:
+        stop.set()
+        thread.join()
+    assert not all(timing.others_run() for _ in range(1000))
+
+
+def test_peers_are_for_the_cpu(capsys):
+    with pytest.raises(SystemExit) as exit:
+        run("--device", "cuda", "--peers")
+    assert exit.value.code == 2
+    assert "--peers" in capsys.readouterr().err
+
+
+def test_files_of_before_peers_can_be_read(report_file, capsys):
+    data = json.loads(report_file.read_text())
+    for row in data["rows"]:
+        del row["peers"]
+    old = report_file.with_name("old.json")
+    old.write_text(json.dumps(data))
+
+    assert program.main(["--from", str(old), "--compare", str(report_file)]) == 0
+    assert program.main(["--from", str(report_file), "--compare", str(old)]) == 0
+    assert "6 of 6 rows" in capsys.readouterr().out
 
 
 class FakeGpu:
@@ -386,6 +619,6 @@ def test_help_names_every_option(capsys):
         program.main(["--help"])
     assert exit.value.code == 0
     text = capsys.readouterr().out
-    for option in ("quick", "device", "dtypes", "json", "plot", "compare", "from", "threads"):
+    for option in ("quick", "device", "dtypes", "json", "plot", "compare", "from", "threads", "peers"):
         assert f"--{option}" in text
     assert all(op in text for op in op_names())

@@ -16,6 +16,7 @@ from fastact.bench.check import WrongResult
 from fastact.bench.compiling import Compiler
 from fastact.bench.environment import Neighbours, environment
 from fastact.bench.measure import measure
+from fastact.bench.peers import Peers
 from fastact.bench.progress import with_progress
 from fastact.bench.report import Report, compare
 
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Whatever can fail is tried before the minutes of measuring.
     if options.plot and not find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install 'fastact[bench]'")
+    if options.device == "cuda" and options.peers:
+        parser.error("--peers measures on the CPU only")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch finds no CUDA device")
     if options.device == "cuda" and (missing := build_info()["cuda_missing"]):
@@ -87,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="threads torch and fastact use on the CPU")
     add("--compile-seconds", type=float, metavar="S", help="time for torch.compile, after which its column stays empty")
     add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--peers", action="store_true", help="measure ONNX Runtime and JAX too, those that are installed (CPU)")
     return parser
 
 
@@ -100,14 +104,15 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         seconds = COMPILE_SECONDS[options.device][options.quick]
         compiler = Compiler(options.device, seconds if options.compile_seconds is None else options.compile_seconds)
         compiler.probe()
+    peers = Peers() if options.peers else None
     try:
-        rows = measure(cases, options.device, CASE_SECONDS[options.quick], compiler)
+        rows = measure(cases, options.device, CASE_SECONDS[options.quick], compiler, peers)
         for row in with_progress(rows, len(cases) * len(TENSORS_MOVED)):
             report.rows.append(row)
     except KeyboardInterrupt:
         report.notes.append("interrupted: the remaining rows were not measured")
-    if compiler:
-        report.notes += compiler.notes()
+    for competitors in (compiler, peers):
+        report.notes += competitors.notes() if competitors else []
     if (cores := neighbours.cores()) > 0.1:
         report.notes.append(f"other programs kept {cores:.1f} cores busy: times may be far off")
     return report

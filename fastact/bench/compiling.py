@@ -29,7 +29,7 @@ class Compiler:
         try:
             self._compile(torch.neg)(torch.zeros(8, device=self._device))
         except Exception as error:
-            self._broken = _one_line(error)
+            self._broken = one_line(error)
         self._left -= time.perf_counter() - start
 
     def __call__(self, side: Sides) -> Callable[[], object] | None:
@@ -46,7 +46,7 @@ class Compiler:
                 call()
                 return call
             except Exception as error:  # whatever it is, it costs a column and not the run
-                reason = _one_line(error)
+                reason = one_line(error)
             finally:
                 self._left -= time.perf_counter() - start
         self._missing[reason] += 1
@@ -59,6 +59,6 @@ class Compiler:
         return torch.compile(function, dynamic=False, mode=self._mode)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

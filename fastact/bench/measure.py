@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastact.bench.cases import TENSORS_MOVED, Case, Inputs, sides
 from fastact.bench.check import check
 from fastact.bench.compiling import Compiler
+from fastact.bench.peers import Peers
 from fastact.bench.timing import Call, CallTimer, CpuTimer, CudaTimer, Spread
 
 # Up to here the wall time of a call is reported beside the time on a GPU: there the launch is most of it.
@@ -37,6 +38,12 @@ class Measurement:
     call: Spread | None = None
     call_eager: Spread | None = None
     call_compiled: Spread | None = None
+    # The same op in other libraries, by their short names.
+    peers: dict[str, Spread] = field(default_factory=dict)
+
+    @property
+    def ratio_peers(self) -> dict[str, float]:
+        return {name: spread.median / self.ours.median for name, spread in self.peers.items()}
 
 
 def measure(
@@ -44,6 +51,7 @@ def measure(
     device: str,
     seconds: float,
     compiler: Compiler | None = None,
+    peers: Peers | None = None,
 ) -> Iterator[Measurement]:
     """Yields three rows per case, each timed for about `seconds`; raises WrongResult."""
     timer = CudaTimer() if device == "cuda" else CpuTimer()
@@ -62,8 +70,9 @@ def measure(
             if device == "cuda" and case.elements <= CALL_ELEMENTS:
                 walls = CallTimer()(calls, seconds)
             calls["copy"] = inputs.copy(direction)
-            times = timer(calls, seconds)
-            ours, rival = times["ours"], times.get("compiled")
+            rivals = peers(case, inputs, direction, side.ours) if peers else {}
+            times = timer(calls | rivals, seconds, strangers=rivals)
+            ours, compiled_time = times["ours"], times.get("compiled")
             moved = TENSORS_MOVED[direction] * case.elements * inputs.x.element_size()
             yield Measurement(
                 op=case.row.name,
@@ -76,12 +85,13 @@ def measure(
                 baseline=side.baseline,
                 ours=ours,
                 eager=times["eager"],
-                compiled=rival,
+                compiled=compiled_time,
                 gigabytes_per_second=moved / ours.median * 1e-9,
                 share_of_copy=times["copy"].median / ours.median,
                 ratio_eager=times["eager"].median / ours.median,
-                ratio_compiled=rival.median / ours.median if rival else None,
+                ratio_compiled=compiled_time.median / ours.median if compiled_time else None,
                 call=walls.get("ours"),
                 call_eager=walls.get("eager"),
                 call_compiled=walls.get("compiled"),
+                peers={name: times[name] for name in rivals},
             )

@@ -33,7 +33,9 @@ class Report:
         for row in data["rows"]:
             for side in ("ours", "eager", "compiled", "call", "call_eager", "call_compiled"):
                 row[side] = Spread(**row[side]) if row.get(side) else None
-        return cls(data["environment"], [Measurement(**row) for row in data["rows"]], data["notes"])
+            row["peers"] = {name: Spread(**spread) for name, spread in row.get("peers", {}).items()}
+        rows = [Measurement(**row) for row in data["rows"]]
+        return cls(data["environment"], rows, data["notes"])
 
     def title(self) -> str:
         e = self.environment
@@ -47,6 +49,7 @@ class Report:
         lines = [self.title(), f"build: {build}"]
         ops = list(dict.fromkeys(row.op for row in self.rows))
         dtypes = list(dict.fromkeys(row.dtype for row in self.rows))
+        peers = self._peers()
         for op in ops:
             rows = [row for row in self.rows if row.op == op]
             rows.sort(key=lambda row: (dtypes.index(row.dtype), row.elements))  # stable
@@ -55,7 +58,7 @@ class Report:
             width = max(len("elements"), *(len(_size(row)) for row in rows))
             lines.append(
                 f"  {'dtype':8}  {'elements':>{width}}  {'':8} {'median':>9} {'quartiles':>17}"
-                f" {'GB/s':>6} {'of copy':>8} {'x eager':>8} {'x compile':>9}"
+                f" {'GB/s':>6} {'of copy':>8} {'x eager':>8} {'x compile':>9}" + "".join(f" {'x ' + name:>6}" for name in peers)
             )
             above = ("", "")
             for row in rows:
@@ -67,10 +70,14 @@ class Report:
                     f"  {dtype:8}  {size:>{width}}  {row.direction:8} {_spread(row.ours)}"
                     f" {_number(row.gigabytes_per_second):>6} {row.share_of_copy:8.0%}"
                     f" {row.ratio_eager:8.2f} {_ratio(row.ratio_compiled):>9}"
+                    + "".join(f" {_ratio(row.ratio_peers.get(name)):>6}" for name in peers)
                 )
             if any(row.call for row in rows):
                 lines += self._call_times(rows, width)
         return "\n".join([*lines, "", *self._summary(ops), *self.notes])
+
+    def _peers(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self.rows for name in row.peers))
 
     @staticmethod
     def _call_times(rows: list[Measurement], width: int) -> Iterator[str]:
@@ -85,15 +92,18 @@ class Report:
                 )
 
     def _summary(self, ops: list[str]) -> Iterator[str]:
-        yield "geometric means of x eager and x compile, torch's time over ours"
+        def mean(op: str | None, direction: str, name: str) -> float | None:
+            rows = [row for row in self.rows if op in (row.op, None) and row.direction == direction]
+            return _mean([_ratios(row).get(name) for row in rows])
+
+        names = ["eager", "compile", *self._peers()]
+        columns = [(way, name) for way in TENSORS_MOVED for name in names if mean(None, way, name) is not None]
+        yield "geometric means of their time over ours"
+        # A direction is said once, above its first column.
+        yield f"  {'':16}" + "".join(f"  {way if name == names[0] else '':>8}" for way, name in columns)
+        yield f"  {'':16}" + "".join(f"  {'x ' + name:>8}" for _, name in columns)
         for op in ops:
-            cells = [f"  {op:16}"]
-            for direction in TENSORS_MOVED:
-                rows = [row for row in self.rows if (row.op, row.direction) == (op, direction)]
-                eager = _mean([row.ratio_eager for row in rows])
-                compiled = _mean([row.ratio_compiled for row in rows])
-                cells.append(f"{direction} {_ratio(eager):>6} {_ratio(compiled):>6}")
-            yield "   ".join(cells)
+            yield f"  {op:16}" + "".join(f"  {_ratio(mean(op, *column)):>8}" for column in columns)
 
 
 def compare(old: Report, new: Report) -> tuple[str, bool]:
@@ -126,6 +136,10 @@ def _identity(row: Measurement) -> tuple:
 def _is_slower(one: Spread, other: Spread, seconds: float) -> bool:
     margin = max(other.median * SLOWER_BY_SHARE, seconds)
     return one.median - other.median > margin
+
+
+def _ratios(row: Measurement) -> dict[str, float | None]:
+    return {"eager": row.ratio_eager, "compile": row.ratio_compiled, **row.ratio_peers}
 
 
 def _mean(ratios: list[float | None]) -> float | None:

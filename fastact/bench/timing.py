@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 
 import torch
 
@@ -24,22 +26,50 @@ class Spread:
     q3: float
 
 
+def settle() -> float:
+    """Waits until no other thread of this process runs, but not forever; returns the seconds that took. The threads of a call
+    spin for some milliseconds after it, on cores that those of another library want.
+    """
+    start = time.perf_counter()
+    for _ in range(100):
+        time.sleep(200e-6)
+        if not others_run():
+            break
+    return time.perf_counter() - start
+
+
+def others_run() -> bool:
+    me = str(threading.get_native_id())
+    try:
+        # The state follows the name of the thread, which stands in parentheses.
+        stats = [(task / "stat").read_text() for task in Path("/proc/self/task").iterdir() if task.name != me]
+    except OSError:  # a thread that has just ended; a system without /proc
+        return False
+    return any(stat.rpartition(")")[2].split()[0] == "R" for stat in stats)
+
+
 class Timer:
     """Takes samples of all calls in turn, for the given time but within these numbers."""
 
     LEAST, MOST = 5, 51
 
-    def __call__(self, calls: dict[str, Call], seconds: float) -> dict[str, Spread]:
+    def __call__(self, calls: dict[str, Call], seconds: float, strangers: Collection[str] = ()) -> dict[str, Spread]:
+        """`strangers` are calls on threads other than torch's: before and after them the threads settle, and wake again."""
         collecting = gc.isenabled()
         gc.disable()
         try:
             takers = {name: self.prepare(call) for name, call in calls.items()}
             samples: dict[str, list[float]] = {name: [] for name in calls}
             end = time.perf_counter() + seconds
+            library = ""  # whose threads ran last
             for done in range(self.MOST):
                 if done >= self.LEAST and time.perf_counter() > end:
                     break
                 for name, take in takers.items():
+                    before, library = library, name if name in strangers else ""
+                    if library != before:
+                        end += settle()
+                        calls[name]()
                     samples[name].append(take())
         finally:
             if collecting:
