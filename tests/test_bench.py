@@ -21,6 +21,7 @@ from fastact.bench.environment import Neighbours, environment
 from fastact.bench.measure import measure
 from fastact.bench.peers import Peers
 from fastact.bench.report import Report
+from fastact.bench.saved import Kept, kept, saved_bytes, saved_table
 from fastact.bench.timing import CallTimer, CpuTimer, CudaTimer, Spread, Timer
 
 
@@ -443,13 +444,63 @@ def test_peers_are_for_the_cpu(capsys):
     assert "--peers" in capsys.readouterr().err
 
 
-def test_files_of_before_peers_can_be_read(report_file, capsys):
+class Mask(torch.autograd.Function):
+    """Saves one bit per element, eight of them in a byte."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(torch.zeros(x.numel() // 8, dtype=torch.uint8))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        pytest.param(torch.relu, Kept(4, 0, 0), id="output"),
+        pytest.param(torch.nn.functional.leaky_relu, Kept(0, 4, 0), id="input"),
+        pytest.param(lambda x: x * x, Kept(0, 4, 0), id="one storage twice"),
+        pytest.param(lambda x: torch.sigmoid(x).tanh(), Kept(4, 0, 4), id="output and another"),
+        pytest.param(lambda x: x.exp().view(-1), Kept(4, 0, 0), id="a view of the output"),
+        pytest.param(lambda x: x[0] * x[1], Kept(0, 4, 0), id="what views keep alive"),
+        pytest.param(Mask.apply, Kept(0, 0, 1 / 8), id="mask"),
+        pytest.param(lambda x: x + 1, Kept(0, 0, 0), id="nothing"),
+    ],
+)
+def test_saved_bytes_are_those_of_distinct_storages(function, expected):
+    assert kept(function, "float32", ()) == expected
+    half = kept(function, "float16", ())
+    assert (half.output, half.input) == (expected.output / 2, expected.input / 2)
+
+
+def test_no_activation_saves_more_than_torch():
+    for row in saved_bytes(make_cases(op_names(), DTYPES, quick=True), "cpu"):
+        assert 0 < row.ours.total <= row.torch.total, row
+        assert row.ours.total <= DTYPES[row.dtype].itemsize, row
+
+
+def test_saved_bytes_stand_in_the_table_and_the_file(report_file):
+    report = Report.load(report_file)
+    assert [(row.op, row.dtype) for row in report.saved] == [(an_op(), "float32")]
+    report.saved = [dataclasses.replace(report.saved[0], ours=Kept(0, 0, 1 / 8), torch=Kept(4, 0, 4 + 8 / 65536))]
+    line = [*saved_table(report.saved)][2]
+    assert " ".join(line.split()) == f"float32 {an_op()} 0.125 other 8 output 4, other 4"
+    report.save(report_file)
+    assert Report.load(report_file).saved == report.saved
+
+
+def test_files_of_before_peers_and_saved_bytes_can_be_read(report_file, capsys):
     data = json.loads(report_file.read_text())
+    del data["saved"]
     for row in data["rows"]:
         del row["peers"]
     old = report_file.with_name("old.json")
     old.write_text(json.dumps(data))
 
+    assert "saved for" not in Report.load(old).table()
     assert program.main(["--from", str(old), "--compare", str(report_file)]) == 0
     assert program.main(["--from", str(report_file), "--compare", str(old)]) == 0
     assert "6 of 6 rows" in capsys.readouterr().out

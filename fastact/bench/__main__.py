@@ -19,6 +19,7 @@ from fastact.bench.measure import measure
 from fastact.bench.peers import Peers
 from fastact.bench.progress import with_progress
 from fastact.bench.report import Report, compare
+from fastact.bench.saved import saved_bytes
 
 # By device and --quick: on a GPU torch.compile tries several kernels for every shape.
 COMPILE_SECONDS = {"cpu": {True: 25.0, False: 150.0}, "cuda": {True: 60.0, False: 600.0}}
@@ -106,6 +107,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         compiler.probe()
     peers = Peers() if options.peers else None
     try:
+        report.saved = saved_bytes(cases, options.device)
         rows = measure(cases, options.device, CASE_SECONDS[options.quick], compiler, peers)
         for row in with_progress(rows, len(cases) * len(TENSORS_MOVED)):
             report.rows.append(row)

@@ -146,11 +146,11 @@ class Sides(NamedTuple):
 def sides(case: Case, inputs: Inputs) -> dict[str, Sides]:
     """By direction, what fastact and torch do for it."""
     row, args, x, dy = case.row, case.args, inputs.x, inputs.dy
-    torch_function, name = _torch_function(row)
+    eager, name = torch_function(row)
     leaf = x.detach().requires_grad_()
 
     def with_args(x: Tensor) -> Tensor:
-        return torch_function(x, *args)
+        return eager(x, *args)
 
     def both(function: Callable, *args: Any) -> Tensor:
         return torch.autograd.grad(function(leaf, *args), leaf, dy)[0]
@@ -158,21 +158,21 @@ def sides(case: Case, inputs: Inputs) -> dict[str, Sides]:
     return {
         "forward": Sides(
             ours=partial(row.function, x, *args),
-            eager=partial(torch_function, x, *args),
+            eager=partial(eager, x, *args),
             compiled=lambda compile: partial(compile(with_args), x),
             baseline=name,
         ),
         "backward": _backward(case, inputs, with_args),
         "both": Sides(
             ours=partial(both, row.function, *args),
-            eager=partial(both, torch_function, *args),
+            eager=partial(both, eager, *args),
             compiled=lambda compile: partial(both, compile(with_args)),
             baseline=f"{name} and autograd",
         ),
     }
 
 
-def _torch_function(row: Any) -> tuple[Callable[..., Tensor], str]:
+def torch_function(row: Any) -> tuple[Callable[..., Tensor], str]:
     """What a user without fastact calls: torch's function of that name, else the composite."""
     for module in (torch, torch.nn.functional):
         if hasattr(module, row.name):

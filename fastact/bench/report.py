@@ -11,6 +11,7 @@ from typing import Any
 
 from fastact.bench.cases import TENSORS_MOVED
 from fastact.bench.measure import Measurement
+from fastact.bench.saved import Saved, saved_table
 from fastact.bench.timing import Spread
 
 # A row is slower only if both say so: small times jitter by ratio, large ones by amount.
@@ -23,6 +24,7 @@ class Report:
     environment: dict[str, Any]
     rows: list[Measurement]
     notes: list[str] = field(default_factory=list)
+    saved: list[Saved] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n")
@@ -35,7 +37,7 @@ class Report:
                 row[side] = Spread(**row[side]) if row.get(side) else None
             row["peers"] = {name: Spread(**spread) for name, spread in row.get("peers", {}).items()}
         rows = [Measurement(**row) for row in data["rows"]]
-        return cls(data["environment"], rows, data["notes"])
+        return cls(data["environment"], rows, data["notes"], [Saved.load(saved) for saved in data.get("saved", [])])
 
     def title(self) -> str:
         e = self.environment
@@ -74,6 +76,8 @@ class Report:
                 )
             if any(row.call for row in rows):
                 lines += self._call_times(rows, width)
+        if self.saved:
+            lines += ["", *saved_table(self.saved)]
         return "\n".join([*lines, "", *self._summary(ops), *self.notes])
 
     def _peers(self) -> list[str]:
