@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 import threading
 from types import SimpleNamespace
@@ -13,13 +14,14 @@ import torch
 from fastact._registry import elementwise, softmax
 from fastact.bench import __main__ as program
 from fastact.bench import cases as cases_module
-from fastact.bench import timing
+from fastact.bench import memory, timing
 from fastact.bench.cases import DTYPES, TENSORS_MOVED, Case, Inputs, make_cases, op_names, sides
 from fastact.bench.check import WrongResult
 from fastact.bench.compiling import Compiler
 from fastact.bench.environment import Neighbours, environment
 from fastact.bench.measure import measure
 from fastact.bench.peers import Peers
+from fastact.bench.processes import Worker, resident_bytes
 from fastact.bench.report import Report
 from fastact.bench.saved import Kept, kept, saved_bytes, saved_table
 from fastact.bench.timing import CallTimer, CpuTimer, CudaTimer, Spread, Timer
@@ -504,6 +506,89 @@ def test_files_of_before_peers_and_saved_bytes_can_be_read(report_file, capsys):
     assert program.main(["--from", str(old), "--compare", str(report_file)]) == 0
     assert program.main(["--from", str(report_file), "--compare", str(old)]) == 0
     assert "6 of 6 rows" in capsys.readouterr().out
+
+
+def test_a_worker_has_its_own_variables_and_memory(monkeypatch):
+    monkeypatch.setenv("FASTACT_TEST_A", "ours")
+    monkeypatch.delenv("FASTACT_TEST_B", raising=False)
+    with Worker({"FASTACT_TEST_A": None, "FASTACT_TEST_B": "its"}) as worker:
+        assert worker(os.getpid) != os.getpid()
+        assert worker(os.getenv, "FASTACT_TEST_A") is None
+        assert worker(os.getenv, "FASTACT_TEST_B") == "its"
+        assert (os.environ["FASTACT_TEST_A"], os.environ.get("FASTACT_TEST_B")) == ("ours", None)
+
+        now, peak = worker(resident_bytes)
+        assert 0 < now <= peak < resident_bytes()[1] + (64 << 20)
+        size = peak + (64 << 20)
+        worker(len, b"x" * size)
+        now, peak = worker(resident_bytes)
+        assert now < size < peak, "the peak stays after the memory is given back"
+        with Worker() as other:
+            assert other(resident_bytes)[1] < size, "and is inherited from no other process"
+        with pytest.raises(ZeroDivisionError):
+            worker(divmod, 1, 0)
+
+
+def test_memory_is_measured_under_every_setting(tmp_path, capsys):
+    """In processes of their own, at a size whose pages cost nothing."""
+    path = tmp_path / "memory.json"
+    assert memory.main(["--sizes", "300", "--rounds", "2", "--threads", "1", "--json", str(path)]) == 0
+
+    data = json.loads(path.read_text())
+    assert [(row["op"], row["direction"], row["elements"]) for row in data["rows"]] == [(*call, 300) for call in memory.CALLS]
+    assert all(list(row["times"]) == [*memory.SETTINGS, memory.COPY] for row in data["rows"])
+    assert all(spread["median"] > 0 for row in data["rows"] for spread in row["times"].values())
+    assert data["environment"]["command"].startswith("python -m fastact.bench.memory --sizes 300")
+    out = capsys.readouterr().out
+    assert "relu backward" in out
+    assert all(name in out for name in data["rows"][0]["times"])
+
+
+def test_memory_settings_reach_the_calls_they_are_for(monkeypatch):
+    class FakeWorker:
+        def __init__(self, changes):
+            self.changes = changes
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def __call__(self, function, *args):
+            if function is memory.sample:
+                asked.append((self.changes, args))
+                return 1.0
+            assert (function, args) == (torch.set_num_threads, (3,))
+
+    asked = []
+    monkeypatch.setattr(memory, "Worker", FakeWorker)
+    rows = list(memory.measure([64], 2, 3))
+
+    assert all(spread == Spread(1.0, 1.0, 1.0) for row in rows for spread in row.times.values())
+    nothing = dict.fromkeys(("THP_MEM_ALLOC_ENABLE", "FASTACT_POOL_LIMIT", "FASTACT_HUGE_PAGES"))
+    settings = [
+        (nothing, "eager"),
+        (nothing | {"THP_MEM_ALLOC_ENABLE": "1"}, "eager"),
+        (nothing | {"FASTACT_POOL_LIMIT": "0", "FASTACT_HUGE_PAGES": "0"}, "ours"),
+        (nothing | {"FASTACT_POOL_LIMIT": "0"}, "ours"),
+        (nothing, "ours"),
+        (nothing, "copy_"),
+    ]
+    assert asked == [(changes, (*call, 64, whose)) for call in memory.CALLS for _ in range(2) for changes, whose in settings]
+
+
+def test_memory_refuses_wrong_results_and_misuse(monkeypatch, capsys, tmp_path):
+    def wrong(*_):
+        raise WrongResult("relu forward")
+
+    monkeypatch.setattr(memory, "measure", wrong)
+    assert memory.main([]) == 1
+    assert "wrong result, so no more is timed: relu forward" in capsys.readouterr().err
+    for arguments in (["--sizes", "0"], ["--rounds", "1"], ["--threads", "0"], ["--json", str(tmp_path / "none" / "x.json")]):
+        with pytest.raises(SystemExit) as exit:
+            memory.main(arguments)
+        assert exit.value.code == 2
 
 
 class FakeGpu:

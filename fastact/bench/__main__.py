@@ -115,8 +115,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         report.notes.append("interrupted: the remaining rows were not measured")
     for competitors in (compiler, peers):
         report.notes += competitors.notes() if competitors else []
-    if (cores := neighbours.cores()) > 0.1:
-        report.notes.append(f"other programs kept {cores:.1f} cores busy: times may be far off")
+    report.notes += neighbours.notes()
     return report
 
 

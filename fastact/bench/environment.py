@@ -17,7 +17,7 @@ import torch
 import fastact
 
 
-def environment(device: str, arguments: Sequence[str]) -> dict[str, Any]:
+def environment(device: str, arguments: Sequence[str], program: str = "python -m fastact.bench") -> dict[str, Any]:
     return {
         "device": device,
         "processor": torch.cuda.get_device_name() if device == "cuda" else _cpu_model(),
@@ -29,7 +29,7 @@ def environment(device: str, arguments: Sequence[str]) -> dict[str, Any]:
         "system": platform.platform(),
         "date": datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
         "commit": _commit(),
-        "command": shlex.join(["python", "-m", "fastact.bench", *arguments]),
+        "command": shlex.join([*program.split(), *arguments]),
     }
 
 
@@ -70,6 +70,10 @@ class Neighbours:
         """How many they kept busy on average; 0 where the system does not tell."""
         wall, used = (now - then for now, then in zip(self._seconds(), self._before, strict=True))
         return used / wall
+
+    def notes(self) -> list[str]:
+        cores = self.cores()
+        return [f"other programs kept {cores:.1f} cores busy: times may be far off"] if cores > 0.1 else []
 
     @staticmethod
     def _seconds() -> tuple[float, float]:

@@ -125,7 +125,7 @@ def compare(old: Report, new: Report) -> tuple[str, bool]:
         for was, row in changed:
             what = f"{row.op} {row.direction}, {row.dtype}, {_size(row)}"
             change = row.ours.median / was.median - 1
-            lines.append(f"  {word} {change:+5.0%}  {_time(was)} -> {_time(row.ours)}  {what}")
+            lines.append(f"  {word} {change:+5.0%}  {duration(was)} -> {duration(row.ours)}  {what}")
     lines.append(
         f"{len(pairs)} of {len(new.rows)} rows compared, {len(slower)} slower and {len(faster)} "
         f"faster by {SLOWER_BY_SHARE:.0%} and {seconds * 1e6:.0f} us at least"
@@ -167,7 +167,7 @@ def _unit(spread: Spread) -> tuple[str, float]:
     return ("ms", 1e3) if spread.median >= 1e-3 else ("us", 1e6)
 
 
-def _time(spread: Spread) -> str:
+def duration(spread: Spread) -> str:
     unit, factor = _unit(spread)
     return f"{_number(spread.median * factor):>6} {unit}"
 
@@ -175,4 +175,4 @@ def _time(spread: Spread) -> str:
 def _spread(spread: Spread) -> str:
     factor = _unit(spread)[1]
     q1, q3 = _number(spread.q1 * factor), _number(spread.q3 * factor)
-    return f"{_time(spread)} {q1:>7} .. {q3:>6}"
+    return f"{duration(spread)} {q1:>7} .. {q3:>6}"

@@ -25,6 +25,11 @@ class Spread:
     q1: float
     q3: float
 
+    @classmethod
+    def of(cls, times: list[float]) -> Spread:
+        q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive")
+        return cls(median, q1, q3)
+
 
 def settle() -> float:
     """Waits until no other thread of this process runs, but not forever; returns the seconds that took. The threads of a call
@@ -74,11 +79,7 @@ class Timer:
         finally:
             if collecting:
                 gc.enable()
-        spreads = {}
-        for name, times in samples.items():
-            q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive")
-            spreads[name] = Spread(median, q1, q3)
-        return spreads
+        return {name: Spread.of(times) for name, times in samples.items()}
 
     def prepare(self, call: Call) -> Callable[[], float]:
         """Warms the call up; returns what takes a sample of it, in seconds per call."""
