@@ -54,14 +54,16 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
 }
 
 
-def build(activation: Callable[[], nn.Module], softmax: Callable[[], nn.Module]) -> nn.Sequential:
+def build(
+    activation: Callable[[], nn.Module], softmax: Callable[[], nn.Module], size: int = 8, channels: int = 32
+) -> nn.Sequential:
     # Batch norm holds the input of every activation around zero, where sigmoid and tanh are
     # steep: without it stacked sigmoids, whose slope is at most 1/4, hardly learn at first.
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), activation(),
-        nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), activation(),
+        nn.Conv2d(1, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), activation(),
+        nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False), nn.BatchNorm2d(2 * channels), activation(),
         nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(64 * 4 * 4, 128, bias=False), nn.BatchNorm1d(128), activation(),
+        nn.Linear(2 * channels * (size // 2) ** 2, 128, bias=False), nn.BatchNorm1d(128), activation(),
         nn.Linear(128, 10), softmax(),
     )  # fmt: skip
 
@@ -77,10 +79,10 @@ def load() -> list[Tensor]:
 class Trainee:
     """A network in training, with the loss and the duration of each of its steps."""
 
-    def __init__(self, column: int, activation: str, seed: int) -> None:
+    def __init__(self, column: int, activation: str, seed: int, **scale: int) -> None:
         torch.manual_seed(seed)
         self.name = NAMES[column]
-        self.model = build(MODULES[activation][column], MODULES["softmax"][column])
+        self.model = build(MODULES[activation][column], MODULES["softmax"][column], **scale)
         self.logits = self.model[:-1]  # cross entropy brings its own softmax
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
         self.losses: list[float] = []

@@ -1,5 +1,6 @@
-"""The demo runs to its end with every activation, and both networks learn the same."""
+"""The demo runs to its end with every activation, and both networks learn the same; a step of it is measured at any scale."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,8 @@ import pytest
 for needed in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(needed, reason="pip install 'fastact[demo]'")
 
-DEMO = Path(__file__).parents[1] / "examples" / "digits_cnn.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+DEMO = EXAMPLES / "digits_cnn.py"
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "sigmoid", "tanh", "scaled_sigmoid"])
@@ -43,3 +45,23 @@ def test_demo(activation: str, tmp_path: Path) -> None:
     image = plot.read_bytes()
     assert image.startswith(b"\x89PNG\r\n\x1a\n")
     assert image.endswith(b"IEND\xaeB`\x82")
+
+
+def test_training_step(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "training_step.py"), "--activations", "relu", "scaled_sigmoid"]
+    scale = ["--size", "6", "--channels", "3", "--batch", "16", "--steps", "2", "--threads", "1"]
+    done = subprocess.run([*command, *scale, "--json", tmp_path / "step.json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "more than rounding explains" not in done.stdout
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+
+    rows = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert [row["activation"] for row in rows] == ["relu", "scaled_sigmoid"]
+    for row in rows:
+        assert [len(side) for side in row["seconds"]] == [2, 2]
+        assert [len(side) for side in row["losses"]] == [4, 4]  # those of warming up too
+        for peak, training in zip(row["peak_bytes"], row["training_bytes"], strict=True):
+            # Most of it is torch: such a network needs next to nothing.
+            assert 0 <= training < peak / 2
+            assert 100 << 20 < peak < 2 << 30
+            assert f"{peak / 2**20:,.0f}" in lines[row["activation"]]
