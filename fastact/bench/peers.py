@@ -191,7 +191,7 @@ class Peers:
 
 def _check(got: Tensor, want: Any, dtype: str) -> None:
     tolerance = TOLERANCE[dtype]
-    if got.dtype != want.dtype or got.shape != want.shape:
-        raise ArithmeticError(f"returned {got.dtype} of shape {tuple(got.shape)}")
+    if got.shape != want.shape:  # which allclose may broadcast; another dtype it refuses
+        raise ArithmeticError(f"returned shape {tuple(got.shape)}")
     if not torch.allclose(got, want, rtol=tolerance, atol=tolerance * want.abs().mean().item()):
         raise ArithmeticError("another result than ours")
