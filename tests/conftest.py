@@ -43,6 +43,7 @@ CPU_ONLY_FILES = {
     "test_cuda_shim": "runs the CUDA kernels on the CPU",
     "test_demo": "runs the demo on the CPU, in a process of its own",
     "test_docs": "reads the documents",
+    "test_memory": "looks at the memory of CPU tensors",
     "test_packaging": "builds packages",
 }
 

@@ -36,8 +36,8 @@ FLAGS = [
 ]
 # The CPU's kernels, with which results are compared: as they are built, without sanitizers.
 CPU_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wno-psabi"]
-# Fibers are stacks of their own, which this option of the sanitizer does not know. The CPU's kernels for AVX-512 take tanh from a
-# table, those for AVX2 have the arithmetic of a CUDA thread.
+# Fibers are stacks of their own, which this option of the sanitizer does not know. The CPU's kernels for AVX-512 take tanh from
+# a table, those for AVX2 have the arithmetic of a CUDA thread.
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0", "FASTACT_ISA": "avx2"}
 
 pytestmark = [

@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include "device_ops.h"
+#include "pool.h"
 
 #ifndef _OPENMP
 #error "at::parallel_for is silently serial unless this file is compiled with -fopenmp"
@@ -52,8 +53,10 @@ struct CPU {
   };
 
   static Tensor empty_as(const Tensor& x) {
-    if (x.is_contiguous()) return Tensor(at::detail::empty_cpu(x.sizes(), x.scalar_type()));
-    return Tensor(at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.scalar_type()));
+    constexpr c10::DispatchKeySet keys(c10::DispatchKey::CPU);
+    c10::Allocator* const allocator = pool::allocator(x.numel() * x.element_size());
+    if (x.is_contiguous()) return Tensor(at::detail::empty_generic(x.sizes(), allocator, keys, x.scalar_type(), std::nullopt));
+    return Tensor(at::detail::empty_strided_generic(x.sizes(), x.strides(), allocator, keys, x.scalar_type()));
   }
 
   static void forward(int row, DType dtype, const Tensor& x, const Tensor& y, const double* parameters) {

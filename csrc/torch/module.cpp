@@ -17,6 +17,7 @@
 #include <thread>
 
 #include "cuda.h"
+#include "pool.h"
 #include "rows.h"
 
 namespace py = pybind11;
@@ -282,6 +283,18 @@ py::dict build_info() {
   return info;
 }
 
+py::dict pool_stats() {
+  const pool::Stats s = pool::stats();
+  py::dict d;
+  d["limit"] = s.limit;
+  d["held"] = s.held;
+  d["blocks"] = s.blocks;
+  d["in_use"] = s.in_use;
+  d["hits"] = s.hits;
+  d["misses"] = s.misses;
+  return d;
+}
+
 /// How many threads at::parallel_for really runs on in this library, given time to start.
 size_t parallel_threads() {
   std::set<std::thread::id> seen;
@@ -308,5 +321,13 @@ PYBIND11_MODULE(_C, m) {
       "device_has_kernels", [](const std::string& device) { return device_has_kernels(c10::Device(device)); },
       "Whether calls with tensors of that device reach a kernel; warns, once, where only the build is missing.");
   m.def("use_isa", &cpu::use_level, "For tests: takes the kernels of that level; False where this CPU has it not.");
+  m.def("pool_stats", &pool_stats);
+  m.def("pool_limit", &pool::set_limit);
+  m.def("pool_empty_cache", &pool::empty_cache, py::call_guard<py::gil_scoped_release>());
+  try {
+    pool::stats();
+  } catch (const c10::Error& bad_environment) {
+    throw py::import_error(bad_environment.what_without_backtrace());
+  }
   m.def("parallel_threads", &parallel_threads, py::call_guard<py::gil_scoped_release>());
 }

@@ -1,0 +1,27 @@
+// Memory for large outputs on the CPU. The system hands out large blocks page by page, each zeroed when it is first touched,
+// and takes them back when they are freed: that costs more than computing an activation. Here freed blocks are kept, up to a
+// limit, and new ones lie on huge pages.
+#pragma once
+
+#include <c10/core/Allocator.h>
+
+namespace fastact::pool {
+
+/// Bytes from which an output comes from the pool: below, the C library keeps freed blocks itself.
+constexpr size_t kLeast = size_t(1) << 20;
+
+/// The pool, or torch's own allocator where there is nothing the pool would do.
+c10::Allocator* allocator(size_t bytes);
+
+struct Stats {
+  size_t limit, held, blocks, in_use, hits, misses;  // the first, the second and the fourth in bytes
+};
+Stats stats();
+
+/// The most bytes that are held for later; more are released at once. 0 holds nothing.
+void set_limit(size_t bytes);
+
+/// Releases all that is held.
+void empty_cache();
+
+}  // namespace fastact::pool
