@@ -1,4 +1,6 @@
 // The ops on the CPU: how work is shared among threads, and the kernels.
+#include "cpu.h"
+
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <pthread.h>
@@ -100,4 +102,8 @@ struct CPU {
 TORCH_LIBRARY_IMPL(fastact, CPU, m) { On<CPU>::register_all(m); }
 
 }  // namespace
+
+Tensor cpu_forward(int row, const Tensor& x, const double* parameters) { return forward<CPU>(row, x, parameters); }
+Tensor cpu_softmax(const Tensor& x, int64_t dim) { return softmax<CPU>(x, dim); }
+
 }  // namespace fastact

@@ -63,19 +63,18 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
 /// The elements of x in the layout of `like`, which is dense or decides, as torch does, what a dense twin of it looks like.
 inline Tensor copy_as(const Tensor& x, const Tensor& like) { return at::empty_like(like).copy_(x); }
 
-/// Inputs of a unary op, brought to one dense layout: reads `in`, writes `out`; they are the same where a copy had to be made.
-template <class Device>
-struct Unary {
-  Tensor in, out;
-  explicit Unary(const Tensor& x) {
-    if (dense(x)) {
-      in = x;
-      out = Device::empty_as(x);
-    } else {
-      in = out = copy_as(x, x);
-    }
+/// f(in, out) of x, brought to a dense layout: `in` and `out` are the same where a copy had to be made. Returns `out`.
+template <class Device, class F>
+Tensor unary(const Tensor& x, const F& f) {
+  if (dense(x)) {
+    Tensor out = Device::empty_as(x);
+    f(x, out);
+    return out;
   }
-};
+  Tensor copy = copy_as(x, x);
+  f(copy, copy);
+  return copy;
+}
 
 /// The tensor whose layout the gradient gets: dy's where it is dense, as in torch, else the saved tensor's.
 inline const Tensor& leading(const Tensor& dy, const Tensor& saved) { return dense(dy) ? dy : saved; }
@@ -96,16 +95,19 @@ struct Binary {
 
 // ---- The ops ---------------------------------------------------------------------------------------------------------------
 
+template <class Device>
+Tensor forward(int row, const Tensor& x, const double* parameters) {
+  const DType dtype = dtype_of(kRows[row].name, x);
+  const typename Device::Guard guard(x);
+  return unary<Device>(x, [&](const Tensor& in, const Tensor& out) { Device::forward(row, dtype, in, out, parameters); });
+}
+
 template <class Device, class... P>
 struct ForwardKernel {
   int row;
   Tensor operator()(const Tensor& x, P... p) const {
     const double parameters[] = {p..., 0};
-    const DType dtype = dtype_of(kRows[row].name, x);
-    const typename Device::Guard guard(x);
-    const Unary<Device> t(x);
-    Device::forward(row, dtype, t.in, t.out, parameters);
-    return t.out;
+    return forward<Device>(row, x, parameters);
   }
 };
 
@@ -153,9 +155,9 @@ Tensor softmax(const Tensor& x, int64_t dim) {
   dim = at::maybe_wrap_dim(dim, x.dim());
   const DType dtype = dtype_of("softmax", x);
   const typename Device::Guard guard(x);
-  const Unary<Device> t(x);
-  if (x.numel() > 0) Device::softmax(dtype, t.in, t.out, shape_of(t.in, dim));
-  return t.out;
+  return unary<Device>(x, [&](const Tensor& in, const Tensor& out) {
+    if (in.numel() > 0) Device::softmax(dtype, in, out, shape_of(in, dim));
+  });
 }
 
 template <class Device>

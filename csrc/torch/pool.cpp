@@ -53,6 +53,21 @@ size_t rounded(size_t bytes) {
   return (bytes + step - 1) / step * step;
 }
 
+/// What is too small for the pool, aligned as torch's memory is, but by malloc: posix_memalign is no friend of small blocks.
+class Small final : public c10::Allocator {
+ public:
+  static constexpr size_t kAlignment = 64, kMost = 4096;
+
+  c10::DataPtr allocate(size_t bytes) override {
+    void* const block = std::malloc(bytes + kAlignment);
+    if (!block) throw std::bad_alloc();
+    const auto address = (reinterpret_cast<uintptr_t>(block) + kAlignment - 1) / kAlignment * kAlignment;
+    return {reinterpret_cast<void*>(address), block, &std::free, c10::Device(c10::kCPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+
 class Pool;
 Pool& pool();
 
@@ -191,6 +206,8 @@ Pool& pool() {
 }  // namespace
 
 c10::Allocator* allocator(size_t bytes) {
+  static Small* const small = new Small;
+  if (bytes <= Small::kMost && bytes > 0 && !c10::memoryProfilingEnabled()) return small;
   return bytes >= kLeast && pool().serves(bytes) ? static_cast<c10::Allocator*>(&pool()) : c10::GetCPUAllocator();
 }
 
