@@ -45,13 +45,13 @@ struct SoftmaxShape {
 using SoftmaxForward = void (*)(const void* x, void* y, SoftmaxShape, int64_t begin, int64_t end);
 using SoftmaxBackward = void (*)(const void* dy, const void* y, void* dx, SoftmaxShape, int64_t begin, int64_t end);
 
-/// Inner positions of one unit when inner > 1: enough to fill cache lines, few enough to stay in L1 with their sums.
+/// Rows of one unit when inner > 1: enough to fill cache lines.
 constexpr int64_t kSoftmaxColumns = 64;
 
-/// Units of work, in every file a function of its own: a row each when inner is 1, else kSoftmaxColumns neighbouring rows of
-/// one outer index.
+/// Units of work, in every file a function of its own: a row each when inner is 1, else kSoftmaxColumns neighbouring ones of
+/// the outer * inner rows.
 static constexpr int64_t softmax_units(SoftmaxShape s) {
-  return s.inner == 1 ? s.outer : s.outer * ((s.inner + kSoftmaxColumns - 1) / kSoftmaxColumns);
+  return s.inner == 1 ? s.outer : (s.outer * s.inner + kSoftmaxColumns - 1) / kSoftmaxColumns;
 }
 
 constexpr int kMaxRows = 32;

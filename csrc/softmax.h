@@ -5,10 +5,10 @@
 // The maximum is subtracted before anything else, so that a row of huge equal numbers is right. It need not carry NaN: an x_j
 // that is NaN makes e_j, and so s and the whole row, NaN. A row of -inf, or one that holds +inf, is NaN through inf - inf.
 //
-// s and d are summed in one order, whatever the layout, the vector width or the number of threads: element j goes to partial
-// sum j mod kSumLanes, in order of j, and after every kSumBlock elements the partial sums are added as a tree (8 apart, 4, 2,
-// 1) and the result goes to a total kept in double. So a result depends on the row alone, and the error of the sum does not
-// grow with n.
+// On the CPU, s and d are summed in one order, whatever the layout, the vector width or the number of threads: element j goes
+// to partial sum j mod kSumLanes, in order of j, and after every kSumBlock elements the partial sums are added as a tree (32
+// apart, 16, ... 1) and the result goes to a total kept in double. So a result depends on the row alone, and the error of the
+// sum does not grow with n. d is made of products that are rounded before they are added.
 #pragma once
 
 #include "lane.h"
@@ -17,7 +17,7 @@ namespace fastact {
 namespace FASTACT_NAMESPACE {
 namespace {
 
-constexpr int kSumLanes = 16;
+constexpr int kSumLanes = 64;
 constexpr int kSumBlock = 8 * kSumLanes;
 
 template <class V>

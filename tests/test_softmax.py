@@ -25,7 +25,7 @@ from torch import Tensor
 import fastact
 
 COLUMNS = 64  # kSoftmaxColumns: columns of one unit of work
-SUM_LANES, SUM_BLOCK = 16, 128  # of the sum order in softmax.h
+SUM_LANES, SUM_BLOCK = 64, 512  # of the sum order in softmax.h
 
 softmax = torch.ops.fastact.softmax
 softmax_backward = torch.ops.fastact.softmax_backward

@@ -1,5 +1,5 @@
-// Softmax over the three memory layouts a row can have: short contiguous rows (a lane per row, through transposed tiles), long
-// contiguous rows (a vector along the row), and rows that are columns in memory (a lane per column).
+// Softmax over the two ways in which rows can lie in memory: along vectors, or side by side in their lanes (rows that are
+// columns of a matrix; and short contiguous rows, once they are transposed).
 #pragma once
 
 #include "../kernels.h"
@@ -10,50 +10,98 @@ namespace fastact {
 namespace FASTACT_NAMESPACE {
 namespace {
 
-/// The longest rows that go through tiles, which cost one transposition forward for each tensor, and backward two and one:
-/// beyond them the sums across a vector cost less. Measured by the lengths where both ways take the same time.
+/// The longest contiguous rows that are transposed, forward and backward: beyond them the sums across a vector cost less.
+/// Measured by the lengths where both ways take the same time.
 constexpr int kShortRow = 32, kShortRowBackward = 16;
 
-/// Bytes of terms kept on the stack, for 16-bit rows, whose terms must not be rounded before they are scaled.
-constexpr int kScratch = 16384;
+/// Bytes for the rows at work, in the compute type and on the stack: what they should take to stay in L1, and the most.
+constexpr int kNear = 32768, kScratch = 327680;
 
-// ---- Sums in the order that softmax.h defines ------------------------------------------------------------------------
+constexpr double kInfinity = __builtin_inf();
 
-/// A lane per row: element j of every row is added as one vector.
-template <class V>
-struct LaneSum {
-  using T = typename V::Element;
-  V partial[kSumLanes];
-  double total[V::lanes];
-  bool first = true;
+// ---- Vectors abreast -------------------------------------------------------------------------------------------------
 
-  FASTACT_FN void clear() {
-#pragma GCC unroll 16
-    for (int l = 0; l < kSumLanes; ++l) partial[l] = V(0);
+/// Vectors that go through a formula in step, so that the processor always finds instructions that do not wait for one another:
+/// a lane type with those words of lane.h that terms are made of.
+template <class V, int K>
+struct Abreast {
+  using Element = typename V::Element;
+  struct Mask {
+    typename V::Mask part[K];
+  };
+  V part[K];
+
+  Abreast() = default;
+  FASTACT_FN Abreast(double c) : Abreast(V(c)) {}
+  FASTACT_FN explicit Abreast(V v) {
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) part[k] = v;
   }
-  FASTACT_FN V tree() {
-#pragma GCC unroll 16
-    for (int w = kSumLanes / 2; w > 0; w /= 2)
-#pragma GCC unroll 16
-      for (int l = 0; l < w; ++l) partial[l] = partial[l] + partial[l + w];
-    return partial[0];
+
+// A word made of the same word of part k.
+#define FASTACT_EACH(Result, signature, ...)                                       \
+  FASTACT_FN friend Result signature {                                             \
+    Result r;                                                                      \
+    _Pragma("GCC unroll 4") for (int k = 0; k < K; ++k) r.part[k] = (__VA_ARGS__); \
+    return r;                                                                      \
   }
-  FASTACT_FN void end_block() {
-    T block[V::lanes];
-    store(block, tree());
-    for (int l = 0; l < V::lanes; ++l) total[l] = (first ? 0.0 : total[l]) + double(block[l]);
-    first = false;
-    clear();
+  FASTACT_EACH(Abreast, operator+(Abreast a, Abreast b), a.part[k] + b.part[k])
+  FASTACT_EACH(Abreast, operator-(Abreast a, Abreast b), a.part[k] - b.part[k])
+  FASTACT_EACH(Abreast, operator-(Abreast a), -a.part[k])
+  FASTACT_EACH(Abreast, operator*(Abreast a, Abreast b), a.part[k] * b.part[k])
+  FASTACT_EACH(Mask, operator<(Abreast a, Abreast b), a.part[k] < b.part[k])
+  FASTACT_EACH(Abreast, max(Abreast a, Abreast b), max(a.part[k], b.part[k]))
+  FASTACT_EACH(Abreast, fma(Abreast a, Abreast b, Abreast c), fma(a.part[k], b.part[k], c.part[k]))
+  FASTACT_EACH(Abreast, select(Mask m, Abreast a, Abreast b), select(m.part[k], a.part[k], b.part[k]))
+  FASTACT_EACH(Abreast, scale2(Abreast x, Abreast n, Abreast biased), scale2(x.part[k], n.part[k], biased.part[k]))
+#undef FASTACT_EACH
+
+  /// From neighbours in memory; of the last part only `last` elements, the rest of its lanes from `rest`.
+  template <class S>
+  FASTACT_FN static Abreast read(const S* p, int last, V rest) {
+    Abreast result;
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) result.part[k] = k < K - 1 ? load(p + k * V::lanes) : load_some(p + k * V::lanes, last, rest);
+    return result;
   }
-  /// Adding 0 makes a sum of -0.0 in one layout the same as one with padding in another.
-  FASTACT_FN V result() {
-    if (first) return tree() + V(0);
-    end_block();
-    T sum[V::lanes];
-    for (int l = 0; l < V::lanes; ++l) sum[l] = T(total[l]);
-    return load(sum);
+  template <class S>
+  FASTACT_FN void write(S* p, int last) const {
+#pragma GCC unroll 4
+    for (int k = 0; k < K - 1; ++k) store(p + k * V::lanes, part[k]);
+    store_some(p + (K - 1) * V::lanes, last, part[K - 1]);
   }
 };
+
+constexpr int kAbreast = 4;
+
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
+/// Calls body(Constant<n>()), `most` for all n from there on.
+template <int most, class Body>
+FASTACT_FN void with_constant(int n, Body body) {
+  if constexpr (most > 1) {
+    if (n < most) return with_constant<most - 1>(n, body);
+  }
+  body(Constant<most>());
+}
+
+/// Calls body(i, K, last) for the vectors of [begin, end): K of them from i on, of which the last has `last` elements.
+template <class V, class Body>
+FASTACT_FN void each_chunk(int64_t begin, int64_t end, Body body) {
+  constexpr int N = V::lanes;
+  int64_t i = begin;
+  for (; i + kAbreast * N <= end; i += kAbreast * N) body(i, Constant<kAbreast>(), N);
+  if (i < end) {
+    const int rest = int(end - i), vectors = (rest + N - 1) / N;
+    with_constant<kAbreast>(vectors,
+                            [&](auto k) __attribute__((always_inline)) { body(i, k, rest - (decltype(k)::value - 1) * N); });
+  }
+}
+
+// ---- Rows along vectors ----------------------------------------------------------------------------------------------
 
 /// Lane l of the result is lane l xor `distance` of v.
 template <int distance, class T, int N>
@@ -73,7 +121,13 @@ FASTACT_FN V across(V v, Combine combine) {
     return v;
 }
 
-/// A vector along one row: kSumLanes neighbours are added to the partial sums at a time.
+/// The largest lane, in every lane.
+template <class V>
+FASTACT_FN V largest(V v) {
+  return across<V::lanes / 2>(v, [](V a, V b) __attribute__((always_inline)) { return max(a, b); });
+}
+
+/// The sum of a row in the order that softmax.h defines.
 template <class V>
 struct RowSum {
   using T = typename V::Element;
@@ -84,119 +138,189 @@ struct RowSum {
 
   FASTACT_FN RowSum() { clear(); }
   FASTACT_FN void clear() {
+#pragma GCC unroll 16
     for (int k = 0; k < vectors; ++k) partial[k] = V(0);
+  }
+  /// Elements from i on.
+  template <int K>
+  FASTACT_FN void add(int64_t i, Abreast<V, K> e) {
+    V* to = vectors == kAbreast ? partial : partial + i / V::lanes % vectors;
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) to[k] = to[k] + e.part[k];
   }
   FASTACT_FN V tree() {
 #pragma GCC unroll 4
     for (int w = vectors / 2; w > 0; w /= 2)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int k = 0; k < w; ++k) partial[k] = partial[k] + partial[k + w];
     return across<V::lanes / 2>(partial[0], [](V a, V b) __attribute__((always_inline)) { return a + b; });
   }
-  /// Between blocks; the last block ends in result().
   FASTACT_FN void end_block() {
-    const double block = double(tree().raw[0]);
-    total = (first ? 0.0 : total) + block;
-    first = false;
+    total += double(tree().raw[0]);
     clear();
+    first = false;
   }
-  FASTACT_FN V result() {
-    if (first) return tree() + V(0);
-    end_block();
-    return V(double(T(total)));
+  /// Adding 0 makes a sum of -0.0 in one layout the same as one with padding in another.
+  FASTACT_FN T result() {
+    const T block = tree().raw[0];
+    return first ? block + 0 : T(total + double(block));
   }
 };
 
-/// The largest lane, in every lane.
-template <class V>
-FASTACT_FN V largest(V v) {
-  return across<V::lanes / 2>(v, [](V a, V b) __attribute__((always_inline)) { return max(a, b); });
+/// Brings the lines of `count` elements that are about to be written near.
+template <class S, int count>
+FASTACT_FN void prefetch(S* p) {
+#pragma GCC unroll 4
+  for (int i = 0; i < count; i += 64 / int(sizeof(S))) __builtin_prefetch(p + i, 1, 3);
 }
 
-/// Calls body(i, k, count) for the row's vectors in order, `count` elements from i for partial sum k, and end_block() between
-/// blocks.
-template <class V, class Body, class EndBlock>
-FASTACT_FN void along(int64_t n, Body body, EndBlock end_block) {
-  constexpr int N = V::lanes, vectors = kSumLanes / N;
-  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
-    const int64_t end = n - begin < kSumBlock ? n : begin + kSumBlock;
-    int64_t i = begin;
-    for (; i + kSumLanes <= end; i += kSumLanes)
-#pragma GCC unroll 16
-      for (int k = 0; k < vectors; ++k) body(i + k * N, k, N);
-#pragma GCC unroll 16
-    for (int k = 0; k < vectors; ++k) {
-      const int64_t from = i + k * N, count = end - from;
-      if (count > 0) body(from, k, count < N ? int(count) : N);
-    }
-    if (end < n) end_block();
+/// The sum of body(i, K, last) over a row.
+template <class V, class Body>
+FASTACT_FN typename V::Element row_sum(int64_t n, Body body) {
+  RowSum<V> sum;
+  const auto add = [&](int64_t i, auto k, int last) __attribute__((always_inline)) { sum.add(i, body(i, k, last)); };
+  int64_t begin = 0;
+  for (; n - begin > kSumBlock; begin += kSumBlock) {
+    each_chunk<V>(begin, begin + kSumBlock, add);
+    sum.end_block();
   }
+  each_chunk<V>(begin, n, add);
+  return sum.result();
 }
 
-// ---- Long rows -------------------------------------------------------------------------------------------------------
+template <class V>
+struct RowMaximum {
+  Abreast<V, kAbreast> part;
 
-constexpr double kInfinity = __builtin_inf();
+  FASTACT_FN RowMaximum() : part(-kInfinity) {}
+  template <int K>
+  FASTACT_FN void add(Abreast<V, K> v) {
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) part.part[k] = max(v.part[k], part.part[k]);
+  }
+  FASTACT_FN V result() { return largest(max(max(part.part[0], part.part[1]), max(part.part[2], part.part[3]))); }
+};
 
+/// While a row is scaled, the next one is searched for its maximum, which brings it into L1.
 template <class S>
-void long_row(const S* x, S* y, int64_t n) {
+void long_rows(const S* x, S* y, int64_t n, int64_t rows) {
   using V = LaneOf<S>;
   using T = typename V::Element;
-  constexpr int N = V::lanes;
-
-  V maxima[4] = {V(-kInfinity), V(-kInfinity), V(-kInfinity), V(-kInfinity)};
-  int64_t i = 0;
-  for (; i + 4 * N <= n; i += 4 * N)
-#pragma GCC unroll 16
-    for (int k = 0; k < 4; ++k) maxima[k] = max(load(x + i + k * N), maxima[k]);
-  for (; i < n; i += N) {
-    const int count = n - i < N ? int(n - i) : N;
-    maxima[0] = max(load_some(x + i, count, V(-kInfinity)), maxima[0]);
-  }
-  const V maximum = largest(max(max(maxima[0], maxima[1]), max(maxima[2], maxima[3])));
-
   // The terms wait for their scale in y itself where it can hold them, else in a buffer, else they are computed again.
   constexpr bool in_place = sizeof(S) == sizeof(T);
   T scratch[in_place ? 1 : kScratch / sizeof(T)];
   const bool kept = in_place || n <= int64_t(kScratch / sizeof(T));
-  T* terms = in_place ? reinterpret_cast<T*>(y) : scratch;
 
-  RowSum<V> sum;
-  along<V>(
-      n,
-      [&](int64_t at, int k, int count) __attribute__((always_inline)) {
-        const V e = Softmax<V>::term(load_some(x + at, count, V(-kInfinity)), maximum);
-        if (kept) store_some(terms + at, count, e);
-        sum.partial[k] = sum.partial[k] + e;
-      },
-      [&]() __attribute__((always_inline)) { sum.end_block(); });
-  const V inverse = 1 / sum.result();
-
-  for (i = 0; i < n; i += N) {
-    const int count = n - i < N ? int(n - i) : N;
-    const V e = kept ? load_some(terms + i, count, V(0)) : Softmax<V>::term(load_some(x + i, count, V(-kInfinity)), maximum);
-    store_some(y + i, count, Softmax<V>::forward(e, inverse));
+  RowMaximum<V> first;
+  each_chunk<V>(0, n, [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
+    first.add(Abreast<V, decltype(k)::value>::read(x + i, last, V(-kInfinity)));
+  });
+  V maximum = first.result();
+  for (int64_t row = 0; row < rows; ++row, x += n, y += n) {
+    T* terms = in_place ? reinterpret_cast<T*>(y) : scratch;
+    const auto term_at = [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
+      using A = Abreast<V, decltype(k)::value>;
+      return Softmax<A>::term(A::read(x + i, last, V(-kInfinity)), A(maximum));
+    };
+    const T sum = row_sum<V>(n, [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
+      const auto e = term_at(i, k, last);
+      if (kept) e.write(terms + i, last);
+      return e;
+    });
+    const V inverse = V(double(T(1) / sum));
+    RowMaximum<V> following;
+    const S* next = row + 1 < rows ? x + n : x;
+    each_chunk<V>(0, n, [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
+      using A = Abreast<V, decltype(k)::value>;
+      const A e = kept ? A::read(terms + i, last, V(0)) : term_at(i, k, last);
+      Softmax<A>::forward(e, A(inverse)).write(y + i, last);
+      following.add(A::read(next + i, last, V(-kInfinity)));
+    });
+    maximum = following.result();
   }
 }
 
+/// While a row is finished, the products of the next one are summed.
 template <class S>
-void long_row_backward(const S* dy, const S* y, S* dx, int64_t n) {
+void long_rows_backward(const S* dy, const S* y, S* dx, int64_t n, int64_t rows) {
   using V = LaneOf<S>;
-  constexpr int N = V::lanes;
-  RowSum<V> sum;
-  along<V>(
-      n,
-      [&](int64_t at, int k, int count) __attribute__((always_inline)) {
-        sum.partial[k] = Softmax<V>::product(load_some(dy + at, count, V(0)), load_some(y + at, count, V(0)), sum.partial[k]);
-      },
-      [&]() __attribute__((always_inline)) { sum.end_block(); });
-  const V dot = sum.result();
-  for (int64_t i = 0; i < n; i += N) {
-    const int count = n - i < N ? int(n - i) : N;
-    store_some(dx + i, count, Softmax<V>::backward(load_some(dy + i, count, V(0)), load_some(y + i, count, V(0)), dot));
+  const auto product_at = [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
+    using A = Abreast<V, decltype(k)::value>;
+    return A::read(dy + i, last, V(0)) * A::read(y + i, last, V(0));
+  };
+  V dot(double(row_sum<V>(n, product_at)));
+  for (; rows > 0; --rows) {
+    const int64_t next = rows > 1 ? n : 0;
+    const auto sum = row_sum<V>(n, [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
+      using A = Abreast<V, decltype(k)::value>;
+      Softmax<A>::backward(A::read(dy + i, last, V(0)), A::read(y + i, last, V(0)), A(dot)).write(dx + i, last);
+      prefetch<S, decltype(k)::value * V::lanes>(dx + n + i);
+      return product_at(i + next, k, last);
+    });
+    dot = V(double(sum));
+    dy += n;
+    y += n;
+    dx += n;
   }
 }
 
-// ---- Short rows ------------------------------------------------------------------------------------------------------
+// ---- Rows in lanes ---------------------------------------------------------------------------------------------------
+
+/// Rows side by side, in the compute type: element j of row r is at `at + j * stride + r`.
+template <class V>
+struct Panel {
+  using T = typename V::Element;
+  static constexpr int N = V::lanes;
+  T* at;
+  int stride, width;  // width: the number of rows; lanes beyond them hold anything
+
+  /// Calls body(r, Constant<K>()) for the rows from r on, K <= most vectors of them.
+  template <int most, class Body>
+  FASTACT_FN void each_group(Body body) const {
+    for (int r = 0; r < width; r += most * N)
+      with_constant<most>((width - r + N - 1) / N, [&](auto k) __attribute__((always_inline)) { body(r, k); });
+  }
+
+  /// maximum[r] becomes that of itself and of `length` elements.
+  __attribute__((noinline)) void maxima(int length, T* maximum) const {
+    each_group<kAbreast>([&](int r, auto k) __attribute__((always_inline)) {
+      using A = Abreast<V, decltype(k)::value>;
+      A m = A::read(maximum + r, N, V(0));
+      for (int j = 0; j < length; ++j) m = max(A::read(at + j * stride + r, N, V(0)), m);
+      m.write(maximum + r, N);
+    });
+  }
+  __attribute__((noinline)) void terms(int length, const T* maximum) const {
+    each_group<kAbreast>([&](int r, auto k) __attribute__((always_inline)) {
+      using A = Abreast<V, decltype(k)::value>;
+      const A m = A::read(maximum + r, N, V(0));
+      for (int j = 0; j < length; ++j) {
+        T* p = at + j * stride + r;
+        Softmax<A>::term(A::read(p, N, V(0)), m).write(p, N);
+      }
+    });
+  }
+  /// The partial sums l, l + w, l + 2 w ... of `length` elements, added as a tree; those from `length` on are 0 and left out.
+  template <int w, class A>
+  FASTACT_FN A tree(const T* p, int length, int l) const {
+    if constexpr (w == kSumLanes) {
+      A sum = A::read(p + l * stride, N, V(0));
+      for (int j = l + kSumLanes; j < length; j += kSumLanes) sum = sum + A::read(p + j * stride, N, V(0));
+      return sum;
+    } else {
+      const A half = tree<2 * w, A>(p, length, l);
+      return l + w < length ? half + tree<2 * w, A>(p, length, l + w) : half;
+    }
+  }
+  /// The sums of up to kSumBlock elements.
+  __attribute__((noinline)) void sums(int length, T* result) const {
+    each_group<2>([&](int r, auto k) __attribute__((always_inline)) {
+      using A = Abreast<V, decltype(k)::value>;
+      // Adding 0 makes a sum of -0.0 the same as one with padding.
+      (tree<1, A>(at + r, length, 0) + A(0)).write(result + r, N);
+    });
+  }
+};
 
 /// Lanes of a and b in turn, a0 b0 a1 b1 ...: the first (half 0) or the last (half 1) N of them.
 template <class V, int half>
@@ -229,213 +353,258 @@ FASTACT_FN void transpose(V (&square)[V::lanes]) {
   }
 }
 
-/// Up to N neighbouring rows of n <= kShortRow elements: column j of the tile holds element j of every row.
-template <class V>
-struct Tile {
-  static constexpr int N = V::lanes;
-  V column[(kShortRow + N - 1) / N * N];
-
-  /// Reads `rows` rows from p; lanes beyond them repeat the last row.
-  template <class S>
-  FASTACT_FN void read(const S* p, int n, int rows) {
-    const S* end = p + int64_t(rows) * n;
-    for (int c = 0; c < n; c += N) {
-      V square[N];
+/// Turns N neighbouring elements of up to N rows, n apart, into vectors of one element of each row.
+template <class S>
+FASTACT_FN void read_square(const S* p, int n, int rows, const S* end, LaneOf<S> (&square)[LaneOf<S>::lanes]) {
+  constexpr int N = LaneOf<S>::lanes;
 #pragma GCC unroll 16
-      for (int r = 0; r < N; ++r) {
-        const S* at = p + int64_t(r < rows ? r : rows - 1) * n + c;
-        // What a full vector reads beyond its row lands in columns that nobody uses.
-        square[r] = end - at >= N ? load(at) : load_part(at, int(end - at), V(0));
-      }
-      transpose(square);
-#pragma GCC unroll 16
-      for (int r = 0; r < N; ++r) column[c + r] = square[r];
-    }
+  for (int r = 0; r < N; ++r) {
+    const S* at = p + int64_t(r < rows ? r : rows - 1) * n;
+    square[r] = end - at >= N ? load(at) : load_part(at, int(end - at), LaneOf<S>(0));
   }
+  transpose(square);
+}
 
-  /// Writes them. What a full vector writes beyond its row is written over later: the last columns go first, and rows in order.
-  template <class S>
-  FASTACT_FN void write(S* p, int n, int rows) const {
-    const int last = (n - 1) / N * N;
-    write_columns(p, n, rows, last);
-    for (int c = 0; c < last; c += N) write_columns(p, n, rows, c);
+/// And back. What a full vector writes beyond its row is written over later: the last columns go first, and rows in order.
+template <class S>
+FASTACT_FN void write_square(S* p, int n, int rows, S* end, LaneOf<S> (&square)[LaneOf<S>::lanes]) {
+  constexpr int N = LaneOf<S>::lanes;
+  transpose(square);
+#pragma GCC unroll 16
+  for (int r = 0; r < N; ++r) {
+    if (r >= rows) return;
+    S* at = p + int64_t(r) * n;
+    if (end - at >= N)
+      store(at, square[r]);
+    else
+      store_part(at, int(end - at), square[r]);
   }
+}
 
- private:
-  template <class S>
-  void write_columns(S* p, int n, int rows, int c) const {
-    const S* end = p + int64_t(rows) * n;
-    V square[N];
-#pragma GCC unroll 16
-    for (int r = 0; r < N; ++r) square[r] = column[c + r];
-    transpose(square);
-#pragma GCC unroll 16
-    for (int r = 0; r < N; ++r) {
-      if (r >= rows) return;
-      S* at = p + int64_t(r) * n + c;
-      if (end - at >= N)
-        store(at, square[r]);
-      else
-        store_part(at, int(end - at), square[r]);
-    }
-  }
-};
+constexpr int kSquares = 4;
 
 template <class S>
 void short_rows(const S* x, S* y, int n, int rows) {
   using V = LaneOf<S>;
-  Tile<V> t;
-  t.read(x, n, rows);
-  V maximum(-kInfinity);
-  for (int j = 0; j < n; ++j) maximum = max(t.column[j], maximum);
-  LaneSum<V> sum;
-  sum.clear();
-  for (int j = 0; j < n; ++j) {
-    t.column[j] = Softmax<V>::term(t.column[j], maximum);
-    sum.partial[j % kSumLanes] = sum.partial[j % kSumLanes] + t.column[j];
+  using T = typename V::Element;
+  constexpr int N = V::lanes;
+  if (n > kShortRow) __builtin_unreachable();
+  alignas(64) T buffer[(kShortRow + N - 1) / N * N * kSquares * N];
+  alignas(64) T maximum[kSquares * N];
+  const Panel<V> panel{buffer, kSquares * N, rows};
+  for (int r = 0; r < rows; r += N)
+    for (int c = 0; c < n; c += N) {
+      V square[N];
+      read_square(x + int64_t(r) * n + c, n, rows - r < N ? rows - r : N, x + int64_t(rows) * n, square);
+#pragma GCC unroll 16
+      for (int k = 0; k < N; ++k) store(panel.at + (c + k) * panel.stride + r, square[k]);
+    }
+  for (int r = 0; r < rows; r += N) store(maximum + r, V(-kInfinity));
+  panel.maxima(n, maximum);
+  const int ahead = rows * n;
+  for (int i = 0; i < ahead; i += 64 / sizeof(S)) {
+    __builtin_prefetch(x + ahead + i, 0, 3);
+    __builtin_prefetch(y + ahead + i, 1, 3);
   }
-  const V inverse = 1 / sum.result();
-  for (int j = 0; j < n; ++j) t.column[j] = Softmax<V>::forward(t.column[j], inverse);
-  t.write(y, n, rows);
+  panel.terms(n, maximum);
+  T* const sum = maximum;
+  panel.sums(n, sum);
+  for (int r = 0; r < rows; r += N) {
+    const V inverse = 1 / load(sum + r);
+    for (int c = (n - 1) / N * N;; c -= N) {
+      V square[N];
+#pragma GCC unroll 16
+      for (int k = 0; k < N; ++k) square[k] = Softmax<V>::forward(load(panel.at + (c + k) * panel.stride + r), inverse);
+      write_square(y + int64_t(r) * n + c, n, rows - r < N ? rows - r : N, y + int64_t(rows) * n, square);
+      if (c == 0) break;
+    }
+  }
 }
 
 template <class S>
 void short_rows_backward(const S* dy, const S* y, S* dx, int n, int rows) {
   using V = LaneOf<S>;
-  Tile<V> g, t;
-  g.read(dy, n, rows);
-  t.read(y, n, rows);
-  LaneSum<V> sum;
-  sum.clear();
-  for (int j = 0; j < n; ++j)
-    sum.partial[j % kSumLanes] = Softmax<V>::product(g.column[j], t.column[j], sum.partial[j % kSumLanes]);
-  const V dot = sum.result();
-  for (int j = 0; j < n; ++j) t.column[j] = Softmax<V>::backward(g.column[j], t.column[j], dot);
-  t.write(dx, n, rows);
+  using T = typename V::Element;
+  constexpr int N = V::lanes;
+  if (n > kShortRowBackward) __builtin_unreachable();
+  constexpr int most = (kShortRowBackward + N - 1) / N * N;
+  alignas(64) T buffer[most * N];
+  const Panel<V> panel{buffer, N, rows};
+  for (int c = 0; c < n; c += N) {
+    V square[N];
+#pragma GCC unroll 16
+    for (int r = 0; r < N; ++r) {
+      const int64_t at = int64_t(r < rows ? r : rows - 1) * n + c, left = int64_t(rows) * n - at;
+      square[r] =
+          left >= N ? load(dy + at) * load(y + at) : load_part(dy + at, int(left), V(0)) * load_part(y + at, int(left), V(0));
+    }
+    transpose(square);
+#pragma GCC unroll 16
+    for (int k = 0; k < N; ++k) store(panel.at + (c + k) * N, square[k]);
+  }
+  alignas(64) T dot[N];
+  panel.sums(n, dot);
+  // dx may be dy or y: all is read before what a full vector writes beyond its row.
+  V result[most];
+  int count = 0;
+  for (int c = (n - 1) / N * N; c >= 0; c -= N)
+    for (int r = 0; r < rows; ++r) {
+      const int64_t at = int64_t(r) * n + c, left = int64_t(rows) * n - at;
+      result[count++] = left >= N
+                            ? load(y + at) * (load(dy + at) - V(double(dot[r])))
+                            : load_part(y + at, int(left), V(0)) * (load_part(dy + at, int(left), V(0)) - V(double(dot[r])));
+    }
+  count = 0;
+  for (int c = (n - 1) / N * N; c >= 0; c -= N)
+    for (int r = 0; r < rows; ++r) {
+      const int64_t at = int64_t(r) * n + c, left = int64_t(rows) * n - at;
+      if (left >= N)
+        store(dx + at, result[count++]);
+      else
+        store_part(dx + at, int(left), result[count++]);
+    }
 }
 
-// ---- Rows that are columns in memory -----------------------------------------------------------------------------------
+// ---- Rows that are columns in memory ---------------------------------------------------------------------------------
 
-/// A unit's columns as vectors; only the last may be partial.
+/// Calls body(at, j, c, count) for pieces of neighbours in memory of up to a vector, `count` elements at `at`: of elements j
+/// from `begin` to `end`, and of columns c from `first` on, `width` of them, which are counted over all outer indices.
+template <class V, class Body>
+FASTACT_FN void each_piece(SoftmaxShape s, int64_t first, int width, int64_t begin, int64_t end, Body body) {
+  constexpr int N = V::lanes;
+  for (int c = 0; c < width;) {
+    const int64_t outer = (first + c) / s.inner, inner = (first + c) % s.inner;
+    const int run = s.inner - inner < width - c ? int(s.inner - inner) : width - c, whole = run / N * N, rest = run - whole;
+    const int64_t at = outer * s.length * s.inner + inner;
+    for (int64_t j = begin; j < end; ++j) {
+      for (int i = 0; i < whole; i += N) body(at + j * s.inner + i, j, c + i, N);
+      if (rest > 0) body(at + j * s.inner + whole, j, c + whole, rest);
+    }
+    c += run;
+  }
+}
+
+/// How columns are cut into panels: their rows, width and stride, which leaves room for a vector to overrun.
 template <class V>
-struct Columns {
-  static constexpr int N = V::lanes;
-  static constexpr int most = kSoftmaxColumns / N;
-  int width;
-  FASTACT_FN int vectors() const { return (width + N - 1) / N; }
-  FASTACT_FN int count(int k) const { return width - k * N < N ? width - k * N : N; }
+struct Cut {
+  static constexpr int unit = kSoftmaxColumns, most = 8 * unit, room = kScratch / int(sizeof(typename V::Element));
+  int rows, width, stride;
+
+  FASTACT_FN Cut(int64_t length, int64_t columns) {
+    rows = int(length <= room / (unit + V::lanes) ? length : int64_t(kSumBlock));
+    const int near = kNear / int(sizeof(typename V::Element)) / rows / unit * unit;
+    const int fitting = (room / rows - V::lanes) / unit * unit;
+    width = near > most ? most : near > unit ? near : fitting < 2 * unit ? unit : 2 * unit;
+    if (columns < width) width = int(columns);
+    stride = (width + V::lanes - 1) / V::lanes * V::lanes + V::lanes;
+  }
 };
 
 template <class S>
-void columns(const S* x, S* y, int64_t n, int64_t inner, int width) {
+void columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end) {
   using V = LaneOf<S>;
   using T = typename V::Element;
-  using C = Columns<V>;
   constexpr int N = V::lanes;
-  const C c{width};
-  const int vectors = c.vectors();
+  using C = Cut<V>;
+  const C cut(s.length, end - begin);
+  alignas(64) T buffer[C::room];
+  alignas(64) T factor[C::most];
+  alignas(64) T block[C::most];
+  alignas(64) double total[C::most];
+  const bool whole = s.length <= cut.rows;
 
-  V maximum[C::most];
-  for (int k = 0; k < vectors; ++k) maximum[k] = V(-kInfinity);
-  for (int64_t j = 0; j < n; ++j)
-    for (int k = 0; k < vectors; ++k) maximum[k] = max(load_some(x + j * inner + k * N, c.count(k), V(0)), maximum[k]);
-
-  constexpr bool in_place = sizeof(S) == sizeof(T);
-  T scratch[in_place ? 1 : kScratch / sizeof(T)];
-  const bool kept = in_place || n * kSoftmaxColumns <= int64_t(kScratch / sizeof(T));
-
-  LaneSum<V> sum[C::most];
-  for (int k = 0; k < vectors; ++k) sum[k].clear();
-  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
-    const int64_t end = n - begin < kSumBlock ? n : begin + kSumBlock;
-    for (int64_t j = begin; j < end; ++j)
-      for (int k = 0; k < vectors; ++k) {
-        const int count = c.count(k);
-        const V e = Softmax<V>::term(load_some(x + j * inner + k * N, count, V(0)), maximum[k]);
-        if (in_place)
-          store_some(reinterpret_cast<T*>(y) + j * inner + k * N, count, e);
-        else if (kept)
-          store(scratch + j * kSoftmaxColumns + k * N, e);
-        V& partial = sum[k].partial[j % kSumLanes];
-        partial = partial + e;
+  for (int64_t first = begin; first < end; first += cut.width) {
+    const int width = end - first < cut.width ? int(end - first) : cut.width;
+    const Panel<V> panel{buffer, cut.stride, width};
+    const auto fill = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
+      each_piece<V>(s, first, width, from, to, [&](int64_t at, int64_t j, int c, int count) __attribute__((always_inline)) {
+        store(buffer + (j - from) * cut.stride + c, load_some(x + at, count, V(0)));
+      });
+    };
+    const auto blocks = [&](auto body) __attribute__((always_inline)) {
+      for (int64_t from = 0; from < s.length; from += cut.rows)
+        body(from, s.length - from < cut.rows ? s.length : from + cut.rows);
+    };
+    for (int r = 0; r < width; r += N) store(factor + r, V(-kInfinity));
+    for (int r = 0; r < width + N; ++r) total[r] = 0;
+    blocks([&](int64_t from, int64_t to) __attribute__((always_inline)) {
+      fill(from, to);
+      panel.maxima(int(to - from), factor);
+    });
+    alignas(64) T maximum[C::most];
+    __builtin_memcpy(maximum, factor, sizeof maximum);
+    blocks([&](int64_t from, int64_t to) __attribute__((always_inline)) {
+      if (!whole) fill(from, to);
+      panel.terms(int(to - from), maximum);
+      for (int64_t at = from; at < to; at += kSumBlock) {
+        Panel<V>{buffer + (at - from) * cut.stride, cut.stride, width}.sums(int(to - at < kSumBlock ? to - at : kSumBlock),
+                                                                            block);
+        for (int r = 0; r < width; ++r) total[r] += double(block[r]);
       }
-    if (end < n)
-      for (int k = 0; k < vectors; ++k) sum[k].end_block();
+    });
+    for (int r = 0; r < width; ++r) factor[r] = 1 / T(total[r]);
+    blocks([&](int64_t from, int64_t to) __attribute__((always_inline)) {
+      if (!whole) {
+        fill(from, to);
+        panel.terms(int(to - from), maximum);
+      }
+      each_piece<V>(s, first, width, from, to, [&](int64_t at, int64_t j, int c, int count) __attribute__((always_inline)) {
+        store_some(y + at, count, Softmax<V>::forward(load(buffer + (j - from) * cut.stride + c), load(factor + c)));
+      });
+    });
   }
-  V inverse[C::most];
-  for (int k = 0; k < vectors; ++k) inverse[k] = 1 / sum[k].result();
-
-  for (int64_t j = 0; j < n; ++j)
-    for (int k = 0; k < vectors; ++k) {
-      const int count = c.count(k);
-      const V e = in_place ? load_some(reinterpret_cast<const T*>(y) + j * inner + k * N, count, V(0))
-                  : kept   ? load(scratch + j * kSoftmaxColumns + k * N)
-                           : Softmax<V>::term(load_some(x + j * inner + k * N, count, V(0)), maximum[k]);
-      store_some(y + j * inner + k * N, count, Softmax<V>::forward(e, inverse[k]));
-    }
 }
 
 template <class S>
-void columns_backward(const S* dy, const S* y, S* dx, int64_t n, int64_t inner, int width) {
+void columns_backward(const S* dy, const S* y, S* dx, SoftmaxShape s, int64_t begin, int64_t end) {
   using V = LaneOf<S>;
-  using C = Columns<V>;
-  constexpr int N = V::lanes;
-  const C c{width};
-  const int vectors = c.vectors();
+  using T = typename V::Element;
+  using C = Cut<V>;
+  const C cut(s.length, end - begin);
+  alignas(64) T buffer[C::room];
+  alignas(64) T dot[C::most];
+  alignas(64) T block[C::most];
+  alignas(64) double total[C::most];
 
-  LaneSum<V> sum[C::most];
-  for (int k = 0; k < vectors; ++k) sum[k].clear();
-  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
-    const int64_t end = n - begin < kSumBlock ? n : begin + kSumBlock;
-    for (int64_t j = begin; j < end; ++j)
-      for (int k = 0; k < vectors; ++k) {
-        const int64_t at = j * inner + k * N;
-        V& partial = sum[k].partial[j % kSumLanes];
-        partial = Softmax<V>::product(load_some(dy + at, c.count(k), V(0)), load_some(y + at, c.count(k), V(0)), partial);
+  for (int64_t first = begin; first < end; first += cut.width) {
+    const int width = end - first < cut.width ? int(end - first) : cut.width;
+    for (int r = 0; r < width + V::lanes; ++r) total[r] = 0;
+    for (int64_t from = 0; from < s.length; from += cut.rows) {
+      const int64_t to = s.length - from < cut.rows ? s.length : from + cut.rows;
+      each_piece<V>(s, first, width, from, to, [&](int64_t at, int64_t j, int c, int count) __attribute__((always_inline)) {
+        store(buffer + (j - from) * cut.stride + c, load_some(dy + at, count, V(0)) * load_some(y + at, count, V(0)));
+      });
+      for (int64_t at = from; at < to; at += kSumBlock) {
+        Panel<V>{buffer + (at - from) * cut.stride, cut.stride, width}.sums(int(to - at < kSumBlock ? to - at : kSumBlock),
+                                                                            block);
+        for (int r = 0; r < width; ++r) total[r] += double(block[r]);
       }
-    if (end < n)
-      for (int k = 0; k < vectors; ++k) sum[k].end_block();
-  }
-  V dot[C::most];
-  for (int k = 0; k < vectors; ++k) dot[k] = sum[k].result();
-
-  for (int64_t j = 0; j < n; ++j)
-    for (int k = 0; k < vectors; ++k) {
-      const int64_t at = j * inner + k * N;
-      store_some(dx + at, c.count(k),
-                 Softmax<V>::backward(load_some(dy + at, c.count(k), V(0)), load_some(y + at, c.count(k), V(0)), dot[k]));
     }
+    for (int r = 0; r < width; ++r) dot[r] = T(total[r]);
+    each_piece<V>(s, first, width, 0, s.length, [&](int64_t at, int64_t, int c, int count) __attribute__((always_inline)) {
+      store_some(dx + at, count,
+                 Softmax<V>::backward(load_some(dy + at, count, V(0)), load_some(y + at, count, V(0)), load(dot + c)));
+    });
+  }
 }
 
 // ---- Units ---------------------------------------------------------------------------------------------------------------
-
-/// Calls, for the units [begin, end): short(at, rows), long_(at) or columns(at, width), with `at` the offset of the first
-/// element.
-template <class V, int longest_short, class Short, class Long, class Column>
-FASTACT_FN void each_unit(SoftmaxShape s, int64_t begin, int64_t end, Short short_, Long long_, Column column) {
-  if (s.inner > 1) {
-    const int64_t chunks = softmax_units(s) / s.outer;
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit % chunks * kSoftmaxColumns;
-      column(unit / chunks * s.length * s.inner + first,
-             int(s.inner - first < kSoftmaxColumns ? s.inner - first : kSoftmaxColumns));
-    }
-  } else if (s.length <= longest_short) {
-    for (int64_t row = begin; row < end; row += V::lanes)
-      short_(row * s.length, int(end - row < V::lanes ? end - row : V::lanes));
-  } else {
-    for (int64_t row = begin; row < end; ++row) long_(row * s.length);
-  }
-}
 
 template <class S>
 void softmax_forward(const void* x_, void* y_, SoftmaxShape s, int64_t begin, int64_t end) {
   const S* x = static_cast<const S*>(x_);
   S* y = static_cast<S*>(y_);
-  each_unit<LaneOf<S>, kShortRow>(
-      s, begin, end, [=](int64_t at, int rows) { short_rows(x + at, y + at, int(s.length), rows); },
-      [=](int64_t at) { long_row(x + at, y + at, s.length); },
-      [=](int64_t at, int width) { columns(x + at, y + at, s.length, s.inner, width); });
+  using V = LaneOf<S>;
+  if (s.inner > 1) {
+    const int64_t all = s.outer * s.inner;
+    columns(x, y, s, begin * kSoftmaxColumns, end * kSoftmaxColumns < all ? end * kSoftmaxColumns : all);
+  } else if (s.length <= kShortRow) {
+    constexpr int most = kSquares * V::lanes;
+    for (int64_t row = begin; row < end; row += most)
+      short_rows(x + row * s.length, y + row * s.length, int(s.length), int(end - row < most ? end - row : most));
+  } else {
+    long_rows(x + begin * s.length, y + begin * s.length, s.length, end - begin);
+  }
 }
 
 template <class S>
@@ -443,10 +612,17 @@ void softmax_backward(const void* dy_, const void* y_, void* dx_, SoftmaxShape s
   const S* dy = static_cast<const S*>(dy_);
   const S* y = static_cast<const S*>(y_);
   S* dx = static_cast<S*>(dx_);
-  each_unit<LaneOf<S>, kShortRowBackward>(
-      s, begin, end, [=](int64_t at, int rows) { short_rows_backward(dy + at, y + at, dx + at, int(s.length), rows); },
-      [=](int64_t at) { long_row_backward(dy + at, y + at, dx + at, s.length); },
-      [=](int64_t at, int width) { columns_backward(dy + at, y + at, dx + at, s.length, s.inner, width); });
+  using V = LaneOf<S>;
+  if (s.inner > 1) {
+    const int64_t all = s.outer * s.inner;
+    columns_backward(dy, y, dx, s, begin * kSoftmaxColumns, end * kSoftmaxColumns < all ? end * kSoftmaxColumns : all);
+  } else if (s.length <= kShortRowBackward) {
+    for (int64_t row = begin; row < end; row += V::lanes)
+      short_rows_backward(dy + row * s.length, y + row * s.length, dx + row * s.length, int(s.length),
+                          int(end - row < V::lanes ? end - row : V::lanes));
+  } else {
+    long_rows_backward(dy + begin * s.length, y + begin * s.length, dx + begin * s.length, s.length, end - begin);
+  }
 }
 
 }  // namespace

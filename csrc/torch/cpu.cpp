@@ -43,7 +43,7 @@ void parallel_elements(int64_t n, const F& f) {
 
 template <class F>
 void parallel_units(const SoftmaxShape& s, const F& f) {
-  const int64_t elements = s.length * std::min(s.inner, kSoftmaxColumns);
+  const int64_t elements = s.length * (s.inner > 1 ? kSoftmaxColumns : 1);
   parallel(softmax_units(s), std::max<int64_t>(1, kGrain / elements), f);
 }
 
