@@ -200,6 +200,22 @@ def test_a_bad_limit_in_the_environment(value: str) -> None:
     assert done.stderr.splitlines()[-1] == f"ImportError: FASTACT_POOL_LIMIT is '{value}'; it must be a number of at least 0"
 
 
+def test_a_fork_after_a_bad_limit() -> None:
+    code = """
+import os
+try:
+    import fastact
+except ImportError:
+    pass
+child = os.fork()
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = run(code, FASTACT_POOL_LIMIT="x")
+    assert done.returncode == 0, done.stderr[-500:]
+
+
 def test_limits_in_the_environment() -> None:
     code = """
 import torch, fastact

@@ -196,9 +196,10 @@ class Pool final : public c10::Allocator {
 /// Never destroyed: a tensor may be freed after everything else is.
 Pool& pool() {
   static Pool* const only = [] {
+    Pool* const made = new Pool;  // before the handlers: it throws where the environment has a bad limit
     // A child made by fork finds the lock free, whoever held it in the parent.
     pthread_atfork([] { pool().lock(); }, [] { pool().unlock(); }, [] { pool().unlock(); });
-    return new Pool;
+    return made;
   }();
   return *only;
 }
