@@ -5,7 +5,8 @@ tensor is freed: for outputs of many MiB that takes longer than computing them. 
 blocks of 1 MiB and more for its next outputs, up to a limit, and puts new ones on huge pages where the system has
 them.
 
-The limit is 1 GiB, or an eighth of the machine's memory if that is less. What is held counts as used memory of the
+The limit is 1 GiB, or an eighth of the memory that the process may have (the machine's, or its control group's) if
+that is less. What is held counts as used memory of the
 process. `FASTACT_POOL_LIMIT` (bytes) sets another limit; 0 turns the pool off. `FASTACT_HUGE_PAGES=0` leaves pages as
 they are. With both, outputs come from torch's allocator. Outputs above the limit, and above 32 MiB where the pool is
 off, still lie on huge pages.
@@ -16,10 +17,59 @@ The functions may be called from any thread. After a fork each process has a poo
 from __future__ import annotations
 
 import operator
+import os
+import re
+from pathlib import Path
 
 from fastact import _C
 
 __all__ = ["empty_cache", "limit", "stats"]
+
+MOST = 1 << 30  # enough for the activations of most networks
+SHARE = 8  # of the memory, at most one part in so many
+
+
+def memory_there_is(root: Path = Path("/")) -> int:
+    """Bytes this process may have: the machine's memory, or what a control group (a container) allows it if that is less."""
+    amounts = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        groups = []
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if not controllers:
+            top, file = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            top, file = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # A group's limit holds for those within it. Seen from a container, the path may name groups outside it.
+        inner = top / path.lstrip("/")
+        for directory in [inner, *inner.parents][: len(inner.parts) - len(top.parts) + 1]:
+            try:
+                text = (directory / file).read_text().strip()
+            except OSError:
+                continue
+            if text.isdecimal():  # "max" where there is none
+                amounts.append(int(text))
+    return min(amounts)
+
+
+def from_environment(variable: str, default: int) -> int:
+    """A number of at least 0; the default where the variable is empty or not set."""
+    text = os.environ.get(variable, "")
+    if not text:
+        return default
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise ImportError(f"{variable} is {text!r}; it must be a whole number from 0 to {10**18 - 1}")
+    return int(text)
+
+
+_C.pool_start(
+    from_environment("FASTACT_POOL_LIMIT", min(MOST, memory_there_is() // SHARE)),
+    from_environment("FASTACT_HUGE_PAGES", 1) != 0,
+)
 
 
 def limit(bytes: int | None = None) -> int:

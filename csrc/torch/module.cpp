@@ -334,12 +334,8 @@ PYBIND11_MODULE(_C, m) {
       "Whether calls with tensors of that device reach a kernel; warns, once, where only the build is missing.");
   m.def("use_isa", &cpu::use_level, "For tests: takes the kernels of that level; False where this CPU has it not.");
   m.def("pool_stats", &pool_stats);
-  m.def("pool_limit", &pool::set_limit);
+  m.def("pool_start", &pool::start);
+  m.def("pool_limit", &pool::set_limit, py::call_guard<py::gil_scoped_release>());
   m.def("pool_empty_cache", &pool::empty_cache, py::call_guard<py::gil_scoped_release>());
-  try {
-    pool::stats();
-  } catch (const c10::Error& bad_environment) {
-    throw py::import_error(bad_environment.what_without_backtrace());
-  }
   m.def("parallel_threads", &parallel_threads, py::call_guard<py::gil_scoped_release>());
 }

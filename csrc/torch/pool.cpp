@@ -5,45 +5,26 @@
 #include <c10/util/Exception.h>
 #include <pthread.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <charconv>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <optional>
+#include <unordered_map>
 #include <vector>
 
 namespace fastact::pool {
 namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
-// What is held without being asked for: enough for the activations of most networks, and never more than this part of the
-// memory.
-constexpr size_t kDefaultLimit = size_t(1) << 30, kShareOfMemory = 8;
-
+// The C library never keeps a larger block.
 constexpr size_t kNeverKept = size_t(32) << 20;
 
 struct Block {
   void* data;
   size_t size;
 };
-
-/// An environment variable that is a number of at least 0; nothing where it is not set.
-std::optional<size_t> number_from(const char* variable) {
-  const char* text = std::getenv(variable);
-  if (!text || !*text) return {};
-  size_t number = 0;
-  const auto [end, error] = std::from_chars(text, text + std::strlen(text), number);
-  TORCH_CHECK_VALUE(error == std::errc() && !*end, variable, " is '", text, "'; it must be a number of at least 0");
-  return number;
-}
-
-size_t default_limit() {
-  const size_t memory = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
-  return std::min(kDefaultLimit, memory / kShareOfMemory);
-}
 
 /// Sizes are rounded up to one of eight steps per power of two, so that a block serves what is nearly as large; from 16 MiB on
 /// that is to whole huge pages.
@@ -53,19 +34,28 @@ size_t rounded(size_t bytes) {
   return (bytes + step - 1) / step * step;
 }
 
+// The context of every block is its address, as in torch's own memory: torch's copy on write relies on it.
+
 /// What is too small for the pool, aligned as torch's memory is, but by malloc: posix_memalign is no friend of small blocks.
 class Small final : public c10::Allocator {
  public:
   static constexpr size_t kAlignment = 64, kMost = 4096;
 
   c10::DataPtr allocate(size_t bytes) override {
-    void* const block = std::malloc(bytes + kAlignment);
+    char* const block = static_cast<char*>(std::malloc(bytes + kAlignment));
     if (!block) throw std::bad_alloc();
-    const auto address = (reinterpret_cast<uintptr_t>(block) + kAlignment - 1) / kAlignment * kAlignment;
-    return {reinterpret_cast<void*>(address), block, &std::free, c10::Device(c10::kCPU)};
+    // At least the 16 bytes to which malloc aligns lie before it.
+    void** const data = reinterpret_cast<void**>(block + kAlignment - reinterpret_cast<uintptr_t>(block) % kAlignment);
+    data[-1] = block;
+    return {data, data, &give, c10::Device(c10::kCPU)};
   }
-  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  c10::DeleterFnPtr raw_deleter() const override { return &give; }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+
+ private:
+  static void give(void* data) {
+    if (data) std::free(static_cast<void**>(data)[-1]);
+  }
 };
 
 class Pool;
@@ -73,12 +63,14 @@ Pool& pool();
 
 class Pool final : public c10::Allocator {
  public:
-  Pool()
-      : limit_(number_from("FASTACT_POOL_LIMIT").value_or(default_limit())),
-        huge_pages_(number_from("FASTACT_HUGE_PAGES").value_or(1) != 0) {}
+  void start(size_t limit, bool huge_pages) {
+    set_limit(limit);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    huge_pages_ = huge_pages;
+  }
 
   /// Whether a block of that many bytes does better here than at torch's allocator. Without anything held, only blocks that the
-  /// C library takes from the system each time: it never keeps one above 32 MiB.
+  /// C library takes from the system each time.
   bool serves(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     return rounded(bytes) <= limit_ || (huge_pages_ && bytes > kNeverKept);
@@ -86,14 +78,18 @@ class Pool final : public c10::Allocator {
 
   c10::DataPtr allocate(size_t bytes) override {
     const size_t size = rounded(bytes);
-    Block* block = take(size);
-    if (!block) block = new Block{map(size), size};
-    if (c10::memoryProfilingEnabled())
-      c10::reportMemoryUsageToProfiler(block->data, int64_t(size), in_use_, in_use_ + held_, c10::Device(c10::kCPU));
-    return {block->data, block, &give, c10::Device(c10::kCPU)};
+    void* data = take(size);
+    if (!data) {
+      data = map(size);
+      const std::lock_guard<std::mutex> lock(mutex_);
+      free_.reserve(free_.size() + used_.size() + 1);  // for the day it is free, when nothing may throw
+      enter(data, size);
+    }
+    if (c10::memoryProfilingEnabled()) report(data, int64_t(size));
+    return {data, data, &give, c10::Device(c10::kCPU)};
   }
 
-  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  c10::DeleterFnPtr raw_deleter() const override { return &give; }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
   Stats stats() {
@@ -102,63 +98,103 @@ class Pool final : public c10::Allocator {
   }
 
   void set_limit(size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    limit_ = bytes;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      limit_ = bytes;
+    }
     shrink_to(bytes);
   }
 
-  void empty_cache() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    shrink_to(0);
-  }
+  void empty_cache() { shrink_to(0); }
 
   void lock() { mutex_.lock(); }
   void unlock() { mutex_.unlock(); }
 
  private:
-  static void give(void* block) { pool().put(static_cast<Block*>(block)); }
+  static void give(void* data) {
+    if (data) pool().put(data);
+  }
 
-  Block* take(size_t size) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+  /// With the lock held: the block belongs to a tensor from now on.
+  void enter(void* data, size_t size) {
+    used_.emplace(data, size);
     in_use_ += size;
+  }
+
+  void* take(size_t size) {
+    const std::lock_guard<std::mutex> lock(mutex_);
     // The one freed last is the likeliest to be in the cache.
-    const auto found = std::find_if(free_.rbegin(), free_.rend(), [&](const Block* b) { return b->size == size; });
+    const auto found = std::find_if(free_.rbegin(), free_.rend(), [&](const Block& b) { return b.size == size; });
     if (found == free_.rend()) {
       ++misses_;
       return nullptr;
     }
+    void* const data = found->data;
+    enter(data, size);
     ++hits_;
-    Block* block = *found;
     held_ -= size;
     free_.erase(std::next(found).base());
+    return data;
+  }
+
+  /// The tensor is gone. Makes room before the block is held, so that not even for a moment more is held than the limit.
+  void put(void* data) {
+    if (c10::memoryProfilingEnabled()) report(data, -int64_t(size_of(data)));
+    for (;;) {
+      Block leaving;
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto entry = used_.find(data);
+        const Block block{data, entry->second};
+        if (block.size <= limit_ && held_ + block.size > limit_) {
+          leaving = oldest();
+        } else {
+          used_.erase(entry);
+          in_use_ -= block.size;
+          leaving = block;
+          if (block.size <= limit_) {
+            held_ += block.size;
+            free_.push_back(block);
+            return;
+          }
+        }
+      }
+      munmap(leaving.data, leaving.size);
+      if (leaving.data == data) return;
+    }
+  }
+
+  size_t size_of(void* data) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return used_.find(data)->second;
+  }
+
+  /// With the lock held: the one freed longest ago, which is held no more.
+  Block oldest() {
+    const Block block = free_.front();
+    free_.erase(free_.begin());
+    held_ -= block.size;
     return block;
   }
 
-  void put(Block* block) {
-    if (c10::memoryProfilingEnabled())
-      c10::reportMemoryUsageToProfiler(block->data, -int64_t(block->size), in_use_, in_use_ + held_, c10::Device(c10::kCPU));
-    const std::lock_guard<std::mutex> lock(mutex_);
-    in_use_ -= block->size;
-    // Room first, so that not even for a moment more is held than the limit.
-    shrink_to(block->size > limit_ ? limit_ : limit_ - block->size);
-    if (block->size > limit_) return release(block);
-    held_ += block->size;
-    free_.push_back(block);
-  }
-
-  /// Releases what was freed longest ago until no more than that is held.
+  /// Releases what was freed longest ago until no more than that is held; each without the lock, for that takes long.
   void shrink_to(size_t bytes) {
-    size_t count = 0;
-    for (; held_ > bytes; ++count) {
-      held_ -= free_[count]->size;
-      release(free_[count]);
+    for (;;) {
+      Block leaving;
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (held_ <= bytes) return;
+        leaving = oldest();
+      }
+      munmap(leaving.data, leaving.size);
     }
-    free_.erase(free_.begin(), free_.begin() + count);
   }
 
-  static void release(Block* block) {
-    munmap(block->data, block->size);
-    delete block;
+  /// To torch's profiler: a block that now belongs to a tensor, or (size below 0) that is about to be given back.
+  void report(void* data, int64_t size) {
+    const Stats now = stats();
+    const size_t in_use = size < 0 ? now.in_use + size : now.in_use;
+    c10::reportMemoryUsageToProfiler(data, size, in_use, in_use + now.held, c10::Device(c10::kCPU));
   }
 
   void* map(size_t size) {
@@ -169,10 +205,8 @@ class Pool final : public c10::Allocator {
     };
     void* start = reserve();
     if (start == MAP_FAILED) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      shrink_to(0);
+      empty_cache();
       start = reserve();
-      if (start == MAP_FAILED) in_use_ -= size;
     }
     TORCH_CHECK(start != MAP_FAILED, "fastact: can't allocate memory: you tried to allocate ", size, " bytes. Error code ",
                 errno, " (", std::strerror(errno), ")");
@@ -187,19 +221,19 @@ class Pool final : public c10::Allocator {
     return data;
   }
 
-  std::mutex mutex_;          // of all that follows
-  std::vector<Block*> free_;  // the one freed longest ago first
-  size_t limit_, held_ = 0, in_use_ = 0, hits_ = 0, misses_ = 0;
-  const bool huge_pages_;
+  std::mutex mutex_;         // of all that follows
+  std::vector<Block> free_;  // the one freed longest ago first
+  std::unordered_map<void*, size_t> used_;
+  size_t limit_ = 0, held_ = 0, in_use_ = 0, hits_ = 0, misses_ = 0;
+  std::atomic<bool> huge_pages_ = false;
 };
 
 /// Never destroyed: a tensor may be freed after everything else is.
 Pool& pool() {
   static Pool* const only = [] {
-    Pool* const made = new Pool;  // before the handlers: it throws where the environment has a bad limit
     // A child made by fork finds the lock free, whoever held it in the parent.
     pthread_atfork([] { pool().lock(); }, [] { pool().unlock(); }, [] { pool().unlock(); });
-    return made;
+    return new Pool;
   }();
   return *only;
 }
@@ -212,6 +246,7 @@ c10::Allocator* allocator(size_t bytes) {
   return bytes >= kLeast && pool().serves(bytes) ? static_cast<c10::Allocator*>(&pool()) : c10::GetCPUAllocator();
 }
 
+void start(size_t limit, bool huge_pages) { pool().start(limit, huge_pages); }
 Stats stats() { return pool().stats(); }
 void set_limit(size_t bytes) { pool().set_limit(bytes); }
 void empty_cache() { pool().empty_cache(); }
