@@ -25,7 +25,7 @@ struct Sigmoid : SavesOutput {
   FASTACT_FN V forward(V x) const {
     const V normal(Constants<typename ElementOf<V>::type>::exp_normal);
     const V y = logistic(x);
-    return any_less(x, normal) ? select(x < normal, exp_subnormal(x), y) : y;
+    return any_less(x, normal) ? V(select(x < normal, exp_subnormal(x), y)) : y;
   }
   FASTACT_FN V backward(V dy, V y) const { return dy * (y * (1 - y)); }
 };

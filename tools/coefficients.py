@@ -1,4 +1,4 @@
-"""Derives the coefficients of csrc/lane.h and csrc/cpu/tanh_table.h: minimax fits by the Remez exchange algorithm.
+"""Derives the coefficients of csrc/lane.h and csrc/cpu: minimax fits by the Remez exchange algorithm.
 
     python tools/coefficients.py          prints every table as it stands there
 
@@ -50,6 +50,10 @@ def expm1_tail(r: mp.mpf) -> mp.mpf:
     return series(lambda u: (mp.expm1(u) - u) / u**2, EXPM1, r)
 
 
+def exp2_tail(f: mp.mpf) -> mp.mpf:
+    return mp.expm1(f * LN2) / f if f else LN2
+
+
 def tanh_tail(z: mp.mpf) -> mp.mpf:
     return series(lambda u: (mp.tanh(mp.sqrt(u)) / mp.sqrt(u) - 1) / u, TANH, z)
 
@@ -60,6 +64,7 @@ def tanh_weight(z: mp.mpf) -> mp.mpf:
 
 HALF = LN2 / 2 * mp.mpf("1.0005")  # rounding x / ln 2 may miss the nearest integer by a little
 FITS = [
+    Fit("exp2_tail", "(2^f - 1) / f of f", exp2_tail, lambda f: f / 2**f, -HALF / LN2, HALF / LN2, 4, "float"),
     # exp: relative to exp(r) itself, because the 1 is added before the result is scaled. (double uses expm1's table.)
     Fit("exp_tail<float>", "(e^r - 1 - r) / r^2 of r", expm1_tail, lambda r: r**2 / mp.exp(r), -HALF, HALF, 4, "float"),
     # expm1: relative to expm1(r), which is stricter, because nothing is added where |x| is small.
