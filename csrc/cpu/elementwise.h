@@ -10,10 +10,6 @@ namespace fastact {
 namespace FASTACT_NAMESPACE {
 namespace {
 
-/// Fetches the cache line that will be written a few steps from now, for writing. A store that misses waits for its line behind
-/// the stores before it; the hardware's own prefetching serves the loads better.
-FASTACT_FN void will_write(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + 512, 1, 3); }
-
 /// Calls whole(i) for full groups of neighbours from i, one(i) for full vectors, part(i, n) for the n elements left.
 template <class S, class Whole, class One, class Part>
 FASTACT_FN void each_vector(int64_t n, Whole whole, One one, Part part) {

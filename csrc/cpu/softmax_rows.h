@@ -167,11 +167,11 @@ struct RowSum {
   }
 };
 
-/// Brings the lines of `count` elements that are about to be written near.
+/// The same for `count` elements.
 template <class S, int count>
-FASTACT_FN void prefetch(S* p) {
+FASTACT_FN void will_write(S* p) {
 #pragma GCC unroll 4
-  for (int i = 0; i < count; i += 64 / int(sizeof(S))) __builtin_prefetch(p + i, 1, 3);
+  for (int i = 0; i < count; i += 64 / int(sizeof(S))) will_write(p + i);
 }
 
 /// The sum of body(i, K, last) over a row.
@@ -224,6 +224,7 @@ void long_rows(const S* x, S* y, int64_t n, int64_t rows) {
     };
     const T sum = row_sum<V>(n, [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
       const auto e = term_at(i, k, last);
+      if (in_place) will_write<S, decltype(k)::value * V::lanes>(y + i);
       if (kept) e.write(terms + i, last);
       return e;
     });
@@ -233,6 +234,7 @@ void long_rows(const S* x, S* y, int64_t n, int64_t rows) {
     each_chunk<V>(0, n, [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
       using A = Abreast<V, decltype(k)::value>;
       const A e = kept ? A::read(terms + i, last, V(0)) : term_at(i, k, last);
+      if (!in_place) will_write<S, decltype(k)::value * V::lanes>(y + i);
       Softmax<A>::forward(e, A(inverse)).write(y + i, last);
       following.add(A::read(next + i, last, V(-kInfinity)));
     });
@@ -254,7 +256,7 @@ void long_rows_backward(const S* dy, const S* y, S* dx, int64_t n, int64_t rows)
     const auto sum = row_sum<V>(n, [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
       using A = Abreast<V, decltype(k)::value>;
       Softmax<A>::backward(A::read(dy + i, last, V(0)), A::read(y + i, last, V(0)), A(dot)).write(dx + i, last);
-      prefetch<S, decltype(k)::value * V::lanes>(dx + n + i);
+      will_write<S, decltype(k)::value * V::lanes>(dx + i);
       return product_at(i + next, k, last);
     });
     dot = V(double(sum));
