@@ -6,9 +6,9 @@
 // that is NaN makes e_j, and so s and the whole row, NaN. A row of -inf, or one that holds +inf, is NaN through inf - inf.
 //
 // On the CPU, s and d are summed in one order, whatever the layout, the vector width or the number of threads: element j goes
-// to partial sum j mod kSumLanes, in order of j, and after every kSumBlock elements the partial sums are added as a tree (32
-// apart, 16, ... 1) and the result goes to a total kept in double. So a result depends on the row alone, and the error of the
-// sum does not grow with n. d is made of products that are rounded before they are added.
+// to partial sum j mod kSumLanes, in order of j, and after every kSumBlock elements (1024, of double 512) the partial sums are
+// added as a tree (32 apart, 16, ... 1) and the result goes to a total kept in double. So a result depends on the row alone,
+// and the error of the sum does not grow with n. d is made of products that are rounded before they are added.
 #pragma once
 
 #include "lane.h"
@@ -18,7 +18,8 @@ namespace FASTACT_NAMESPACE {
 namespace {
 
 constexpr int kSumLanes = 64;
-constexpr int kSumBlock = 8 * kSumLanes;
+template <class T>
+constexpr int kSumBlock = 4096 / int(sizeof(T));
 
 template <class V>
 struct Softmax {

@@ -25,7 +25,13 @@ from torch import Tensor
 import fastact
 
 COLUMNS = 64  # kSoftmaxColumns: columns of one unit of work
-SUM_LANES, SUM_BLOCK = 64, 512  # of the sum order in softmax.h
+# Of the sum order in softmax.h.
+SUM_LANES = 64
+
+
+def sum_block(dtype: torch.dtype) -> int:
+    return 512 if dtype == torch.float64 else 1024
+
 
 softmax = torch.ops.fastact.softmax
 softmax_backward = torch.ops.fastact.softmax_backward
@@ -100,8 +106,8 @@ def additions(n: int, dtype: torch.dtype, across: bool = False) -> int:
     """
     if DEVICE == "cuda":
         return min(n - 1, 55 + n // 2**13 if across else 45 + n // 2**18)
-    lane = min(-(-n // SUM_LANES), SUM_BLOCK // SUM_LANES) - 1
-    blocks = -(-n // SUM_BLOCK) if dtype == torch.float64 else 0  # the total is kept in double: exact enough for float
+    lane = min(-(-n // SUM_LANES), sum_block(dtype) // SUM_LANES) - 1
+    blocks = -(-n // sum_block(dtype)) if dtype == torch.float64 else 0  # the total is kept in double: exact enough for float
     return lane + int(math.log2(SUM_LANES)) + 1 + blocks
 
 

@@ -180,8 +180,9 @@ FASTACT_FN typename V::Element row_sum(int64_t n, Body body) {
   RowSum<V> sum;
   const auto add = [&](int64_t i, auto k, int last) __attribute__((always_inline)) { sum.add(i, body(i, k, last)); };
   int64_t begin = 0;
-  for (; n - begin > kSumBlock; begin += kSumBlock) {
-    each_chunk<V>(begin, begin + kSumBlock, add);
+  constexpr int block = kSumBlock<typename V::Element>;
+  for (; n - begin > block; begin += block) {
+    each_chunk<V>(begin, begin + block, add);
     sum.end_block();
   }
   each_chunk<V>(begin, n, add);
@@ -493,7 +494,7 @@ struct Cut {
   int rows, width, stride;
 
   FASTACT_FN Cut(int64_t length, int64_t columns) {
-    rows = int(length <= room / (unit + V::lanes) ? length : int64_t(kSumBlock));
+    rows = int(length <= room / (unit + V::lanes) ? length : int64_t(kSumBlock<typename V::Element>));
     const int near = kNear / int(sizeof(typename V::Element)) / rows / unit * unit;
     const int fitting = (room / rows - V::lanes) / unit * unit;
     width = near > most ? most : near > unit ? near : fitting < 2 * unit ? unit : 2 * unit;
@@ -538,9 +539,9 @@ void columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end) {
     blocks([&](int64_t from, int64_t to) __attribute__((always_inline)) {
       if (!whole) fill(from, to);
       panel.terms(int(to - from), maximum);
-      for (int64_t at = from; at < to; at += kSumBlock) {
-        Panel<V>{buffer + (at - from) * cut.stride, cut.stride, width}.sums(int(to - at < kSumBlock ? to - at : kSumBlock),
-                                                                            block);
+      for (int64_t at = from; at < to; at += kSumBlock<T>) {
+        Panel<V>{buffer + (at - from) * cut.stride, cut.stride, width}.sums(
+            int(to - at < kSumBlock<T> ? to - at : kSumBlock<T>), block);
         for (int r = 0; r < width; ++r) total[r] += double(block[r]);
       }
     });
@@ -576,9 +577,9 @@ void columns_backward(const S* dy, const S* y, S* dx, SoftmaxShape s, int64_t be
       each_piece<V>(s, first, width, from, to, [&](int64_t at, int64_t j, int c, int count) __attribute__((always_inline)) {
         store(buffer + (j - from) * cut.stride + c, load_some(dy + at, count, V(0)) * load_some(y + at, count, V(0)));
       });
-      for (int64_t at = from; at < to; at += kSumBlock) {
-        Panel<V>{buffer + (at - from) * cut.stride, cut.stride, width}.sums(int(to - at < kSumBlock ? to - at : kSumBlock),
-                                                                            block);
+      for (int64_t at = from; at < to; at += kSumBlock<T>) {
+        Panel<V>{buffer + (at - from) * cut.stride, cut.stride, width}.sums(
+            int(to - at < kSumBlock<T> ? to - at : kSumBlock<T>), block);
         for (int r = 0; r < width; ++r) total[r] += double(block[r]);
       }
     }
