@@ -293,15 +293,21 @@ struct Panel {
       m.write(maximum + r, N);
     });
   }
-  __attribute__((noinline)) void terms(int length, const T* maximum) const {
+  /// The terms of `length` elements; calls meanwhile(j, r) for each of their kAbreast vectors.
+  template <class Meanwhile>
+  FASTACT_FN void terms(int length, const T* maximum, Meanwhile meanwhile) const {
     each_group<kAbreast>([&](int r, auto k) __attribute__((always_inline)) {
       using A = Abreast<V, decltype(k)::value>;
       const A m = A::read(maximum + r, N, V(0));
       for (int j = 0; j < length; ++j) {
         T* p = at + j * stride + r;
+        meanwhile(j, r);
         Softmax<A>::term(A::read(p, N, V(0)), m).write(p, N);
       }
     });
+  }
+  __attribute__((noinline)) void terms(int length, const T* maximum) const {
+    terms(length, maximum, [](int, int) __attribute__((always_inline)) {});
   }
   /// The partial sums l, l + w, l + 2 w ... of `length` elements, added as a tree; those from `length` on are 0 and left out.
   template <int w, class A>
@@ -470,15 +476,19 @@ void short_rows_backward(const S* dy, const S* y, S* dx, int n, int rows) {
 
 // ---- Rows that are columns in memory ---------------------------------------------------------------------------------
 
+/// Where the first element of a column is; columns are counted over all outer indices.
+FASTACT_FN int64_t column_at(SoftmaxShape s, int64_t column) {
+  return column / s.inner * s.length * s.inner + column % s.inner;
+}
+
 /// Calls body(at, j, c, count) for pieces of neighbours in memory of up to a vector, `count` elements at `at`: of elements j
-/// from `begin` to `end`, and of columns c from `first` on, `width` of them, which are counted over all outer indices.
+/// from `begin` to `end`, and of columns c from `first` on, `width` of them.
 template <class V, class Body>
 FASTACT_FN void each_piece(SoftmaxShape s, int64_t first, int width, int64_t begin, int64_t end, Body body) {
   constexpr int N = V::lanes;
   for (int c = 0; c < width;) {
-    const int64_t outer = (first + c) / s.inner, inner = (first + c) % s.inner;
-    const int run = s.inner - inner < width - c ? int(s.inner - inner) : width - c, whole = run / N * N, rest = run - whole;
-    const int64_t at = outer * s.length * s.inner + inner;
+    const int64_t at = column_at(s, first + c), left = s.inner - (first + c) % s.inner;
+    const int run = left < width - c ? int(left) : width - c, whole = run / N * N, rest = run - whole;
     for (int64_t j = begin; j < end; ++j) {
       for (int i = 0; i < whole; i += N) body(at + j * s.inner + i, j, c + i, N);
       if (rest > 0) body(at + j * s.inner + whole, j, c + whole, rest);
@@ -537,8 +547,18 @@ void columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end) {
     alignas(64) T maximum[C::most];
     __builtin_memcpy(maximum, factor, sizeof maximum);
     blocks([&](int64_t from, int64_t to) __attribute__((always_inline)) {
-      if (!whole) fill(from, to);
-      panel.terms(int(to - from), maximum);
+      if (!whole) {
+        fill(from, to);
+        panel.terms(int(to - from), maximum);
+      } else {
+        // Memory is idle while terms are computed: it brings what the next panel will read.
+        const S* next = x + column_at(s, first + width);
+        panel.terms(int(to), maximum, [&](int j, int r) __attribute__((always_inline)) {
+          const int64_t at = j * s.inner + r;
+#pragma GCC unroll 8
+          for (int i = 0; i < kAbreast * N; i += 64 / int(sizeof(S))) __builtin_prefetch(next + at + i, 0, 2);
+        });
+      }
       for (int64_t at = from; at < to; at += kSumBlock<T>) {
         Panel<V>{buffer + (at - from) * cut.stride, cut.stride, width}.sums(
             int(to - at < kSumBlock<T> ? to - at : kSumBlock<T>), block);
@@ -552,6 +572,7 @@ void columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end) {
         panel.terms(int(to - from), maximum);
       }
       each_piece<V>(s, first, width, from, to, [&](int64_t at, int64_t j, int c, int count) __attribute__((always_inline)) {
+        will_write(y + at);
         store_some(y + at, count, Softmax<V>::forward(load(buffer + (j - from) * cut.stride + c), load(factor + c)));
       });
     });
@@ -585,6 +606,7 @@ void columns_backward(const S* dy, const S* y, S* dx, SoftmaxShape s, int64_t be
     }
     for (int r = 0; r < width; ++r) dot[r] = T(total[r]);
     each_piece<V>(s, first, width, 0, s.length, [&](int64_t at, int64_t, int c, int count) __attribute__((always_inline)) {
+      will_write(dx + at);
       store_some(dx + at, count,
                  Softmax<V>::backward(load_some(dy + at, count, V(0)), load_some(y + at, count, V(0)), load(dot + c)));
     });
