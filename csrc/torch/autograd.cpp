@@ -1,10 +1,13 @@
 // Autograd, in the shape of torch's generated code: a node for every forward op and one for every backward op, forward mode
 // beside reverse mode. Both kinds serve every row and softmax; what tells these apart is in Call.
+#include "autograd.h"
+
 #include <ATen/OpMathType.h>
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
+#include "cpu.h"
 #include "node_ptr.h"
 #include "rows.h"
 #include "tensor_lane.h"
@@ -51,6 +54,12 @@ struct Call {
     });
   }
 
+  /// Without the dispatcher: for plain() tensors.
+  Tensor cpu_backward(Tensor&& dy, const Tensor& saved) const {
+    if (row == kSoftmax) return cpu_softmax_backward(std::move(dy), saved, dim);
+    return fastact::cpu_backward(row, std::move(dy), saved, parameters);
+  }
+
   /// Gradient of <ddx, dx> with respect to the saved tensor; undefined where it is zero.
   Tensor saved_gradient(const Tensor& ddx, const Tensor& dy, const Tensor& saved) const {
     if (row == kSoftmax)  // ddx (dy - sum(dy y)) - dy sum(ddx y)
@@ -95,6 +104,12 @@ struct BackwardNode : torch::autograd::TraceableFunction {
   }
 };
 
+/// Whether backward(dy, saved) is a matter of the CPU kernel alone.
+bool unseen(const Tensor& dy, const Tensor& saved) {
+  return !at::GradMode::is_enabled() && plain(dy) && plain(saved) && !torch::autograd::isFwGradDefined(dy) &&
+         !torch::autograd::isFwGradDefined(saved);
+}
+
 struct ForwardNode : torch::autograd::TraceableFunction {
   Call activation;
   bool output_saved = true;
@@ -113,7 +128,9 @@ struct ForwardNode : torch::autograd::TraceableFunction {
     TORCH_CHECK(!input_lost, "In-place ", activation.name(),
                 " with a negative slope has overwritten the input that its "
                 "backward needs. Call it out of place.");
-    return {activation.backward(grads[0], output_saved ? saved.unpack(self()) : saved.unpack())};
+    const Tensor s = output_saved ? saved.unpack(self()) : saved.unpack();
+    if (unseen(grads[0], s)) return {activation.cpu_backward(std::move(grads[0]), s)};
+    return {activation.backward(grads[0], s)};
   }
 
  private:
@@ -279,4 +296,10 @@ TORCH_LIBRARY_IMPL(fastact, ADInplaceOrView, m) {
 }
 
 }  // namespace
+
+bool untracked(const Tensor& x) {
+  return !x.unsafeGetTensorImpl()->autograd_meta() ||
+         !(torch::autograd::compute_requires_grad(x) || torch::autograd::isFwGradDefined(x));
+}
+
 }  // namespace fastact

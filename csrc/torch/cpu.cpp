@@ -3,6 +3,8 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/record_function.h>
+#include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 
 #include "device_ops.h"
@@ -101,9 +103,36 @@ struct CPU {
 
 TORCH_LIBRARY_IMPL(fastact, CPU, m) { On<CPU>::register_all(m); }
 
+// ---- Without the dispatcher ------------------------------------------------------------------------------------------------
+
+/// Whether this is the only reference to dy, and dy the only one to its memory. Memory with another deleter may have an owner
+/// outside torch, such as a NumPy array.
+Gradient after_use(const Tensor& dy) {
+  if (dy.use_count() != 1 || !dy.has_storage()) return Gradient::kept;
+  const c10::Storage& storage = dy.storage();
+  const c10::DeleterFnPtr deleter = storage.data_ptr().get_deleter();
+  const bool ours = deleter == c10::GetCPUAllocator()->raw_deleter() || pool::gave(deleter);
+  return ours && storage.use_count() == 1 && storage.nbytes() == dy.nbytes() ? Gradient::overwritten : Gradient::kept;
+}
+
 }  // namespace
+
+bool plain(const Tensor& x) {
+  using enum c10::DispatchKey;
+  constexpr c10::DispatchKeySet keys({CPU, ADInplaceOrView, AutogradCPU, AutocastCPU});
+  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
+  return x.key_set() == keys && local.included_ == c10::default_included_set && local.excluded_ == c10::default_excluded_set &&
+         !at::hasCallbacks();
+}
 
 Tensor cpu_forward(int row, const Tensor& x, const double* parameters) { return forward<CPU>(row, x, parameters); }
 Tensor cpu_softmax(const Tensor& x, int64_t dim) { return softmax<CPU>(x, dim); }
+
+Tensor cpu_backward(int row, Tensor&& dy, const Tensor& saved, const double* parameters) {
+  return backward<CPU>(row, dy, saved, parameters, after_use(dy));
+}
+Tensor cpu_softmax_backward(Tensor&& dy, const Tensor& y, int64_t dim) {
+  return softmax_backward<CPU>(dy, y, dim, after_use(dy));
+}
 
 }  // namespace fastact

@@ -79,12 +79,15 @@ Tensor unary(const Tensor& x, const F& f) {
 /// The tensor whose layout the gradient gets: dy's where it is dense, as in torch, else the saved tensor's.
 inline const Tensor& leading(const Tensor& dy, const Tensor& saved) { return dense(dy) ? dy : saved; }
 
+/// What becomes of the gradient tensor dy in a backward: it is left as it is, or the result may take its place.
+enum class Gradient { kept, overwritten };
+
 template <class Device>
 struct Binary {
   Tensor dy, saved, out;
-  Binary(const Tensor& dy_, const Tensor& saved_) : dy(dy_), saved(saved_) {
+  Binary(const Tensor& dy_, const Tensor& saved_, Gradient gradient) : dy(dy_), saved(saved_) {
     if (dense(dy) && same_layout(dy, saved)) {
-      out = Device::empty_as(dy);
+      out = gradient == Gradient::overwritten ? dy : Device::empty_as(dy);
     } else {
       const Tensor& like = leading(dy_, saved_);
       if (!dense(saved) || !same_layout(saved, like)) saved = out = copy_as(saved_, like);
@@ -129,17 +132,22 @@ struct InplaceKernel {
   }
 };
 
+template <class Device>
+Tensor backward(int row, const Tensor& dy, const Tensor& saved, const double* parameters, Gradient gradient = Gradient::kept) {
+  check_backward(kRows[row].name, dy, saved);
+  const DType dtype = dtype_of(kRows[row].name, dy);
+  const typename Device::Guard guard(dy);
+  const Binary<Device> t(dy, saved, gradient);
+  Device::backward(row, dtype, t.dy, t.saved, t.out, parameters);
+  return t.out;
+}
+
 template <class Device, class... P>
 struct BackwardKernel {
   int row;
   Tensor operator()(const Tensor& dy, const Tensor& saved, P... p) const {
     const double parameters[] = {p..., 0};
-    check_backward(kRows[row].name, dy, saved);
-    const DType dtype = dtype_of(kRows[row].name, dy);
-    const typename Device::Guard guard(dy);
-    const Binary<Device> t(dy, saved);
-    Device::backward(row, dtype, t.dy, t.saved, t.out, parameters);
-    return t.out;
+    return backward<Device>(row, dy, saved, parameters);
   }
 };
 
@@ -161,12 +169,12 @@ Tensor softmax(const Tensor& x, int64_t dim) {
 }
 
 template <class Device>
-Tensor softmax_backward(const Tensor& dy, const Tensor& y, int64_t dim) {
+Tensor softmax_backward(const Tensor& dy, const Tensor& y, int64_t dim, Gradient gradient) {
   dim = at::maybe_wrap_dim(dim, y.dim());
   check_backward("softmax", dy, y);
   const DType dtype = dtype_of("softmax", dy);
   const typename Device::Guard guard(dy);
-  const Binary<Device> t(dy, y);
+  const Binary<Device> t(dy, y, gradient);
   if (y.numel() > 0) Device::softmax_backward(dtype, t.dy, t.saved, t.out, shape_of(t.out, dim));
   return t.out;
 }
@@ -197,7 +205,8 @@ struct On {
   static void register_all(torch::Library& m) {
     register_rows<Forward, Inplace, Backward>(m);
     m.impl("softmax", softmax<Device>);
-    m.impl("softmax_backward", softmax_backward<Device>);
+    m.impl("softmax_backward",
+           [](const Tensor& dy, const Tensor& y, int64_t dim) { return softmax_backward<Device>(dy, y, dim, Gradient::kept); });
   }
 };
 

@@ -17,6 +17,7 @@
 #include <set>
 #include <thread>
 
+#include "autograd.h"
 #include "cpu.h"
 #include "cuda.h"
 #include "pool.h"
@@ -38,15 +39,6 @@ auto unlocked(const Tensor& x, const F& f) {
   if (x.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || x.numel() < kReleaseLock) return f();
   py::gil_scoped_release release;
   return f();
-}
-
-/// Whether the dispatcher would lead a call with x to the CPU kernel and nowhere else: a plain CPU tensor outside any mode,
-/// transform or profile, of which autograd knows nothing. Going there directly saves a small call a tenth of its time.
-bool plain(const Tensor& x) {
-  constexpr c10::DispatchKeySet cpu({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU});
-  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
-  return x.key_set() == cpu && !x.unsafeGetTensorImpl()->autograd_meta() && local.included_ == c10::default_included_set &&
-         local.excluded_ == c10::default_excluded_set && !at::hasCallbacks();
 }
 
 /// A public function: its arguments' names and defaults, its plain-torch reference, and the op behind it.
@@ -179,7 +171,8 @@ PyObject* call_row(const Function& f, PyObject** bound, const Tensor& x) {
     inplace = truth;
   }
   if (!has_kernel(x)) return call_python(f, f.reference, bound);
-  if (!inplace && plain(x)) return THPVariable_Wrap(unlocked(x, [&] { return cpu_forward(f.row, x, parameters); }));
+  if (!inplace && plain(x) && untracked(x))
+    return THPVariable_Wrap(unlocked(x, [&] { return cpu_forward(f.row, x, parameters); }));
   return with_arity(int(arity), [&]<class... P>() -> PyObject* {
     return spread<P...>(parameters, [&](P... p) -> PyObject* {
       if (inplace) {
@@ -219,7 +212,8 @@ PyObject* call_softmax(const Function& f, PyObject** bound, const Tensor& given)
     warned = true;
     f.warn(dim, rank);
   }
-  return THPVariable_Wrap(unlocked(x, [&] { return plain(x) ? cpu_softmax(x, dim) : softmax_op().call(x, dim); }));
+  return THPVariable_Wrap(
+      unlocked(x, [&] { return plain(x) && untracked(x) ? cpu_softmax(x, dim) : softmax_op().call(x, dim); }));
 }
 
 PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {

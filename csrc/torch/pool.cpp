@@ -238,13 +238,19 @@ Pool& pool() {
   return *only;
 }
 
+Small& small() {
+  static Small* const only = new Small;
+  return *only;
+}
+
 }  // namespace
 
 c10::Allocator* allocator(size_t bytes) {
-  static Small* const small = new Small;
-  if (bytes <= Small::kMost && bytes > 0 && !c10::memoryProfilingEnabled()) return small;
+  if (bytes <= Small::kMost && bytes > 0 && !c10::memoryProfilingEnabled()) return &small();
   return bytes >= kLeast && pool().serves(bytes) ? static_cast<c10::Allocator*>(&pool()) : c10::GetCPUAllocator();
 }
+
+bool gave(c10::DeleterFnPtr deleter) { return deleter == small().raw_deleter() || deleter == pool().raw_deleter(); }
 
 void start(size_t limit, bool huge_pages) { pool().start(limit, huge_pages); }
 Stats stats() { return pool().stats(); }

@@ -13,6 +13,9 @@ constexpr size_t kLeast = size_t(1) << 20;
 /// The pool, or torch's own allocator where there is nothing the pool would do.
 c10::Allocator* allocator(size_t bytes);
 
+/// Whether memory with that deleter is from here.
+bool gave(c10::DeleterFnPtr deleter);
+
 /// Before that, every output comes from torch's allocator.
 void start(size_t limit, bool huge_pages);
 
