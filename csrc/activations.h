@@ -2,7 +2,8 @@
 //
 // A functor is a template over its lane type (lane.h says which words it may use). `forward(x)` is the activation,
 // `backward(dy, saved)` is dy times its derivative, written in terms of the tensor that is kept: the output y, or the input x
-// where saves_input() says so. Everything else -- instruction sets, dtypes, CUDA, ops, autograd, forward and reverse mode of
+// where saves_input() says so. `costly` says whether forward takes an exponential or as much time: it is then worth a second
+// thread sooner. Everything else -- instruction sets, dtypes, CUDA, ops, autograd, forward and reverse mode of
 // any order, tests, benchmark, documentation -- follows from these lines and from the rows at the end.
 #pragma once
 
@@ -21,6 +22,7 @@ struct SavesOutput {
 /// number.
 template <class V>
 struct Sigmoid : SavesOutput {
+  static constexpr bool costly = true;
   FASTACT_FN explicit Sigmoid(const double*) {}
   FASTACT_FN V forward(V x) const {
     const V normal(Constants<typename ElementOf<V>::type>::exp_normal);
@@ -33,6 +35,7 @@ struct Sigmoid : SavesOutput {
 /// max(x, 0). Exact; keeps NaN and -0.0, and lets the gradient pass at NaN, as torch does.
 template <class V>
 struct ReLU : SavesOutput {
+  static constexpr bool costly = false;
   FASTACT_FN explicit ReLU(const double*) {}
   FASTACT_FN V forward(V x) const { return max(V(0), x); }
   FASTACT_FN V backward(V dy, V y) const { return select(y <= V(0), V(0), dy); }
@@ -41,6 +44,7 @@ struct ReLU : SavesOutput {
 /// x where x > 0, else negative_slope x. One rounding. The sign of y tells the branch unless the slope is negative.
 template <class V>
 struct LeakyReLU {
+  static constexpr bool costly = false;
   V negative_slope;
   FASTACT_FN explicit LeakyReLU(const double* p) : negative_slope(p[0]) {}
   FASTACT_FN static bool saves_input(const double* p) { return p[0] < 0; }
@@ -51,6 +55,7 @@ struct LeakyReLU {
 /// tanh(x): of the magnitude, with the sign put back, so that it is odd bit for bit.
 template <class V>
 struct Tanh : SavesOutput {
+  static constexpr bool costly = true;
   FASTACT_FN explicit Tanh(const double*) {}
   FASTACT_FN V forward(V x) const { return copysign(tanh_nonnegative(abs(x)), x); }
   // (1 - y)(1 + y) rather than 1 - y^2: both factors are exact to a rounding where y is near 1.
@@ -60,6 +65,7 @@ struct Tanh : SavesOutput {
 /// scale / (1 + exp(-slope x)).
 template <class V>
 struct ScaledSigmoid : SavesOutput {
+  static constexpr bool costly = true;
   V scale, slope, inverse_scale;
   FASTACT_FN explicit ScaledSigmoid(const double* p) : scale(p[0]), slope(p[1]), inverse_scale(p[0] == 0 ? 0 : 1 / p[0]) {}
   FASTACT_FN V forward(V x) const { return scale * Sigmoid<V>(nullptr).forward(slope * x); }
@@ -70,6 +76,7 @@ struct ScaledSigmoid : SavesOutput {
 /// x where x > 0, else alpha (exp(x) - 1). The sign of y tells the branch unless alpha is negative.
 template <class V>
 struct ELU {
+  static constexpr bool costly = true;
   V alpha;
   bool input_saved;
   FASTACT_FN explicit ELU(const double* p) : alpha(p[0]), input_saved(saves_input(p)) {}

@@ -23,6 +23,7 @@ struct Row {
   const char* name;                               // op and Python function: "leaky_relu"
   const char* functor;                            // functor, module and autograd Function: "LeakyReLU"
   const char* parameters[kMaxParameters];         // names, in order; null where there is none
+  bool costly;                                    // forward takes an exponential
   bool (*saves_input)(const double* parameters);  // whether backward wants x (else y) for these parameters
 
   constexpr int arity() const {

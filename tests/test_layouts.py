@@ -18,7 +18,7 @@ from torch import Tensor
 from fastact import _C
 from fastact._registry import Row
 
-GRAIN = 32768  # elements from which several threads share the work
+GRAIN = 32768  # elements from which several threads share the work, whatever the op
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@
 
 namespace fastact {
 
-#define FASTACT_ROW(name, Functor, ...) Row{#name, #Functor, {__VA_ARGS__}, generic::Functor<double>::saves_input},
+#define FASTACT_ROW(name, Functor, ...) \
+  Row{#name, #Functor, {__VA_ARGS__}, generic::Functor<double>::costly, generic::Functor<double>::saves_input},
 static constexpr Row kRows[] = {FASTACT_ACTIVATIONS(FASTACT_ROW)};
 #undef FASTACT_ROW
 static constexpr int kRowCount = sizeof(kRows) / sizeof(kRows[0]);
