@@ -174,6 +174,14 @@ FASTACT_FN void will_write(S* p) {
   for (int i = 0; i < count; i += 64 / int(sizeof(S))) will_write(p + i);
 }
 
+/// Fetches what is read soon. The hardware does so for one long stream, but not far enough ahead where short pieces are worked
+/// on.
+template <class S, int count>
+FASTACT_FN void will_read(const S* p) {
+#pragma GCC unroll 4
+  for (int i = 0; i < count; i += 64 / int(sizeof(S))) __builtin_prefetch(reinterpret_cast<const char*>(p + i) + 1024, 0, 3);
+}
+
 /// The sum of body(i, K, last) over a row.
 template <class V, class Body>
 FASTACT_FN typename V::Element row_sum(int64_t n, Body body) {
@@ -237,6 +245,7 @@ void long_rows(const S* x, S* y, int64_t n, int64_t rows) {
       const A e = kept ? A::read(terms + i, last, V(0)) : term_at(i, k, last);
       if (!in_place) will_write<S, decltype(k)::value * V::lanes>(y + i);
       Softmax<A>::forward(e, A(inverse)).write(y + i, last);
+      will_read<S, decltype(k)::value * V::lanes>(next + i);
       following.add(A::read(next + i, last, V(-kInfinity)));
     });
     maximum = following.result();
@@ -258,6 +267,8 @@ void long_rows_backward(const S* dy, const S* y, S* dx, int64_t n, int64_t rows)
       using A = Abreast<V, decltype(k)::value>;
       Softmax<A>::backward(A::read(dy + i, last, V(0)), A::read(y + i, last, V(0)), A(dot)).write(dx + i, last);
       will_write<S, decltype(k)::value * V::lanes>(dx + i);
+      will_read<S, decltype(k)::value * V::lanes>(dy + n + i);
+      will_read<S, decltype(k)::value * V::lanes>(y + n + i);
       return product_at(i + next, k, last);
     });
     dot = V(double(sum));
@@ -503,6 +514,8 @@ struct Cut {
   static constexpr int unit = kSoftmaxColumns, most = 8 * unit, room = kScratch / int(sizeof(typename V::Element));
   int rows, width, stride;
 
+  /// Whether a piece of a row is long enough to fetch its lines ahead of time.
+  FASTACT_FN bool long_pieces(int element_size) const { return width * element_size >= 512; }
   FASTACT_FN Cut(int64_t length, int64_t columns) {
     rows = int(length <= room / (unit + V::lanes) ? length : int64_t(kSumBlock<typename V::Element>));
     const int near = kNear / int(sizeof(typename V::Element)) / rows / unit * unit;
@@ -572,7 +585,7 @@ void columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end) {
         panel.terms(int(to - from), maximum);
       }
       each_piece<V>(s, first, width, from, to, [&](int64_t at, int64_t j, int c, int count) __attribute__((always_inline)) {
-        will_write(y + at);
+        if (cut.long_pieces(sizeof(S))) will_write(y + at);
         store_some(y + at, count, Softmax<V>::forward(load(buffer + (j - from) * cut.stride + c), load(factor + c)));
       });
     });
