@@ -191,13 +191,14 @@ PyObject* call_softmax(const Function& f, PyObject** bound, const Tensor& given)
     if (PyType_Check(dtype)) return call_python(f, f.reference, bound);  // Python's float, as torch takes it
     bad_type(f, 2, "torch.dtype", dtype);
   }
-  if (dim_ && (PyBool_Check(dim_) || !PyIndex_Check(dim_))) bad_type(f, 1, "int", dim_);
+  const bool unusual = dim_ && !PyLong_CheckExact(dim_);  // asking whether an object is a tensor takes long
+  if (unusual && (PyBool_Check(dim_) || !PyIndex_Check(dim_))) bad_type(f, 1, "int", dim_);
   const Tensor x = dtype ? given.to(reinterpret_cast<THPDtype*>(dtype)->scalar_type) : given;
-  if (!has_kernel(x) || (dim_ && THPVariable_Check(dim_))) return call_python(f, f.reference, bound);
+  if (!has_kernel(x) || (unusual && THPVariable_Check(dim_))) return call_python(f, f.reference, bound);
 
   int64_t dim;
   if (dim_) {
-    const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(dim_));
+    const py::object index = py::reinterpret_steal<py::object>(unusual ? PyNumber_Index(dim_) : Py_NewRef(dim_));
     if (!index) throw python_error();
     int overflow = 0;
     dim = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
