@@ -21,6 +21,7 @@ from fastact.bench.report import Report
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 
+PEERS = {"ort": "ONNX Runtime", "jax": "JAX"}
 # A small, a middle and a large tensor: one call, one cache, and memory.
 SHOWN = {"64": "64", "100,000": "100,000", "33,554,432": "33 million"}
 
@@ -60,7 +61,28 @@ def speeds() -> str:
         if row.op == "softmax" and row.dtype == dtypes[0] and row.direction == "forward":
             cells = [pair(ratios, "softmax", row.label, dtype) for dtype in dtypes]
             lines.append(f"| {row.label} | {tuple(row.shape)}, {row.dim} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *rivals(report)])
+
+
+def rivals(report: Report) -> list[str]:
+    """Every kernel row of the run against everything measured beside it."""
+    lines = ["| all rows against | rows | median | worst | below 1.0 |", "| --- | --- | --- | --- | --- |"]
+    against: dict[str, list[tuple[float, str]]] = {}
+    for row in report.rows:
+        if row.direction == "both":
+            continue
+        others = {"torch": row.eager, "torch.compile": row.compiled, **{PEERS[name]: row.peers[name] for name in row.peers}}
+        for name, other in others.items():
+            if other:
+                what = f"{row.op} {row.direction}, {row.dtype}, {row.label}"
+                against.setdefault(name, []).append((other.median / row.ours.median, what))
+    for name, ratios in against.items():
+        ratios.sort()
+        least, what = ratios[0]
+        below = sum(ratio < 1 for ratio, _ in ratios)
+        median = ratios[len(ratios) // 2][0]
+        lines.append(f"| {name} | {len(ratios)} | {median:.1f} | {least:.2f} ({what}) | {below} |")
+    return lines
 
 
 def pair(ratios: dict[tuple[str, str, str, str], float], op: str, label: str, dtype: str) -> str:
