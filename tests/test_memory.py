@@ -342,6 +342,7 @@ except RuntimeError as error:
 else:
     raise AssertionError
 assert {{**fastact.memory.stats(), "misses": 0}} == {{**before, "misses": 0}}
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 assert bool((y == 1).all())
 """
     done = run(code)
