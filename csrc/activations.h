@@ -13,22 +13,20 @@ namespace fastact {
 namespace FASTACT_NAMESPACE {
 namespace {
 
-/// For functors whose derivative follows from the output.
+/// For functors whose derivative follows from the output, and for those that need the input.
 struct SavesOutput {
   FASTACT_FN static bool saves_input(const double*) { return false; }
 };
+struct SavesInput {
+  FASTACT_FN static bool saves_input(const double*) { return true; }
+};
 
-/// 1 / (1 + exp(-x)): the sum is rounded once, the quotient once. Far below zero the result is e^x, down to the last subnormal
-/// number.
+/// 1 / (1 + exp(-x)).
 template <class V>
 struct Sigmoid : SavesOutput {
   static constexpr bool costly = true;
   FASTACT_FN explicit Sigmoid(const double*) {}
-  FASTACT_FN V forward(V x) const {
-    const V normal(Constants<typename ElementOf<V>::type>::exp_normal);
-    const V y = logistic(x);
-    return any_less(x, normal) ? V(select(x < normal, exp_subnormal(x), y)) : y;
-  }
+  FASTACT_FN V forward(V x) const { return logistic_gradual(x); }
   FASTACT_FN V backward(V dy, V y) const { return dy * (y * (1 - y)); }
 };
 
@@ -68,7 +66,7 @@ struct ScaledSigmoid : SavesOutput {
   static constexpr bool costly = true;
   V scale, slope, inverse_scale;
   FASTACT_FN explicit ScaledSigmoid(const double* p) : scale(p[0]), slope(p[1]), inverse_scale(p[0] == 0 ? 0 : 1 / p[0]) {}
-  FASTACT_FN V forward(V x) const { return scale * Sigmoid<V>(nullptr).forward(slope * x); }
+  FASTACT_FN V forward(V x) const { return scale * logistic_gradual(V(slope * x)); }
   // dy slope y (1 - y / scale), with the difference taken first, where it is exact.
   FASTACT_FN V backward(V dy, V y) const { return dy * ((slope * y) * ((scale - y) * inverse_scale)); }
 };
@@ -88,15 +86,114 @@ struct ELU {
   }
 };
 
+/// x / (1 + exp(-x)).
+template <class V>
+struct SiLU : SavesInput {
+  static constexpr bool costly = true;
+  FASTACT_FN explicit SiLU(const double*) {}
+  FASTACT_FN V forward(V x) const {
+    const V normal(Constants<typename ElementOf<V>::type>::exp_normal);
+    const V y = x * logistic(x);
+    return any_less(x, normal) ? V(select(x < normal, times_exp_subnormal(x, x), y)) : y;
+  }
+  FASTACT_FN V backward(V dy, V x) const {
+    const V normal(Constants<typename ElementOf<V>::type>::exp_normal), s = logistic(x);
+    const V slope = s * fma(x, logistic_gradual(V(-x)), V(1));  // 1 - s would lose what x multiplies
+    return dy * (any_less(x, normal) ? V(select(x < normal, times_exp_subnormal(V(1 + x), x), slope)) : slope);
+  }
+};
+
+/// log(1 + exp(z)) / beta with z = beta x; x where z > threshold. The output tells the derivative, 1 - exp(-beta y), as long as
+/// the threshold lies where both branches are the same to the last bits.
+template <class V>
+struct Softplus {
+  static constexpr bool costly = true;
+  V beta, inverse_beta, threshold;
+  bool input_saved;
+  FASTACT_FN explicit Softplus(const double* p)
+      : beta(p[0]), inverse_beta(1 / p[0]), threshold(p[1]), input_saved(saves_input(p)) {}
+  FASTACT_FN static bool saves_input(const double* p) { return p[0] == 0 || !(p[1] >= 20); }
+  FASTACT_FN V forward(V x) const {
+    const V normal(Constants<typename ElementOf<V>::type>::exp_normal), z = beta * x;
+    V y = max(V(0), z) + log1p_unit(exp_nonpositive(-abs(z)));
+    if (any_less(z, normal)) y = select(z < normal, exp_subnormal(z), y);
+    return select(z > threshold, x, y * inverse_beta);
+  }
+  FASTACT_FN V backward(V dy, V saved) const {
+    const V z = beta * saved;
+    const V slope = input_saved ? logistic_gradual(z) : -expm1_nonpositive(-z);
+    return select(z > threshold, dy, dy * slope);
+  }
+};
+
+/// log(1 / (1 + exp(-x))).
+template <class V>
+struct LogSigmoid : SavesOutput {
+  static constexpr bool costly = true;
+  FASTACT_FN explicit LogSigmoid(const double*) {}
+  FASTACT_FN V forward(V x) const {
+    const V normal(Constants<typename ElementOf<V>::type>::exp_normal), far = -x;
+    const V y = min(V(0), x) - log1p_unit(exp_nonpositive(-abs(x)));
+    return any_less(far, normal) ? V(select(far < normal, 0 - exp_subnormal(far), y)) : y;
+  }
+  // 1 - exp(y)
+  FASTACT_FN V backward(V dy, V y) const { return dy * -expm1_nonpositive(y); }
+};
+
+/// (x + 3) / 6, but at least 0 and at most 1. Above 0 the distance from 1 is what is divided, so that the output is 1 only
+/// where x >= 3, as it is 0 only where x <= -3.
+template <class V>
+struct Hardsigmoid : SavesOutput {
+  static constexpr bool costly = false;
+  FASTACT_FN explicit Hardsigmoid(const double*) {}
+  FASTACT_FN V forward(V x) const {
+    const V bounded = max(V(-3), min(V(3), x));
+    return select(bounded > V(0), 1 - (3 - bounded) * V(1.0 / 6), (bounded + 3) * V(1.0 / 6));
+  }
+  FASTACT_FN V backward(V dy, V y) const { return select(y > V(0), select(y < V(1), dy * V(1.0 / 6), V(0)), V(0)); }
+};
+
+// ---- The same with the derivative taken from the input: where the output is rounded to 16 bits, or to 1, its distance from
+// the bounds is lost, and with it the gradient.
+
+template <class V>
+struct PreciseSigmoid : Sigmoid<V> {
+  FASTACT_FN explicit PreciseSigmoid(const double* p) : Sigmoid<V>(p) {}
+  FASTACT_FN static bool saves_input(const double*) { return true; }
+  FASTACT_FN V backward(V dy, V x) const { return dy * logistic_derivative(x); }
+};
+
+template <class V>
+struct PreciseTanh : Tanh<V> {
+  FASTACT_FN explicit PreciseTanh(const double* p) : Tanh<V>(p) {}
+  FASTACT_FN static bool saves_input(const double*) { return true; }
+  FASTACT_FN V backward(V dy, V x) const { return dy * logistic_derivative(V(2 * x), 4); }
+};
+
+template <class V>
+struct PreciseScaledSigmoid : ScaledSigmoid<V> {
+  V steepness;
+  FASTACT_FN explicit PreciseScaledSigmoid(const double* p) : ScaledSigmoid<V>(p), steepness(p[0] * p[1]) {}
+  FASTACT_FN static bool saves_input(const double*) { return true; }
+  FASTACT_FN V backward(V dy, V x) const { return dy * (steepness * logistic_derivative(V(this->slope * x))); }
+};
+
 }  // namespace
 }  // namespace FASTACT_NAMESPACE
 }  // namespace fastact
 
-/// The one list: ROW(op, functor, names of the float parameters ...).
+/// The one list: ROW(op, functor, names of the float parameters ...). A function with `precise_grad` has two rows.
 #define FASTACT_ACTIVATIONS(ROW)                       \
   ROW(sigmoid, Sigmoid)                                \
   ROW(relu, ReLU)                                      \
   ROW(leaky_relu, LeakyReLU, "negative_slope")         \
   ROW(tanh, Tanh)                                      \
   ROW(scaled_sigmoid, ScaledSigmoid, "scale", "slope") \
-  ROW(elu, ELU, "alpha")
+  ROW(elu, ELU, "alpha")                               \
+  ROW(silu, SiLU)                                      \
+  ROW(softplus, Softplus, "beta", "threshold")         \
+  ROW(log_sigmoid, LogSigmoid)                         \
+  ROW(hardsigmoid, Hardsigmoid)                        \
+  ROW(precise_sigmoid, PreciseSigmoid)                 \
+  ROW(precise_tanh, PreciseTanh)                       \
+  ROW(precise_scaled_sigmoid, PreciseScaledSigmoid, "scale", "slope")

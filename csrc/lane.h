@@ -58,6 +58,10 @@ FASTACT_FN double copysign(double x, double s) { return __builtin_copysign(x, s)
 FASTACT_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FASTACT_FN double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
+/// a * b - p, where p is a * b rounded: exact.
+FASTACT_FN float product_rest(float a, float b, float p) { return __builtin_fmaf(a, b, -p); }
+FASTACT_FN double product_rest(double a, double b, double p) { return __builtin_fma(a, b, -p); }
+
 /// x * 2^n for an integral n, where 2^n and the result are normal numbers; 0 for the n below. `biased`, which is n +
 /// Constants::round_bias, has in its low bits the exponent of 2^n, ready to go to its place.
 FASTACT_FN float scale2(float x, float, float biased) {
@@ -118,10 +122,10 @@ struct Constants<float> {
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   // Adding it rounds to the nearest integer, and leaves that, with the bias of an exponent, in the low bits of the sum.
   static constexpr float round_bias = 0x1.8p23f + 127;
-  // The first number whose e^x is normal, -87.33654; e^exp_zero rounds to 0, tanh tanh_one to 1.
-  static constexpr float exp_normal = -0x1.5d589ep+6f, exp_zero = -104.5f, tanh_one = 10;
+  // The first number whose e^x is normal, -87.33654; e^exp_zero rounds to 0, x e^x below times_exp_zero, tanh tanh_one to 1.
+  static constexpr float exp_normal = -0x1.5d589ep+6f, exp_zero = -104.5f, times_exp_zero = -109, tanh_one = 10;
   // Brings results from e^exp_zero to 2^-126 into the normal range; and what has 2^-149 as its last bit after that.
-  static constexpr float subnormal_shift = 100, subnormal_bias = 0x1p-26f;
+  static constexpr float subnormal_shift = 100, subnormal_unshift = 0x1p-100f, subnormal_bias = 0x1p-26f;
 
   /// (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2: degree 4, 2^-28.0 of e^r.
   template <class V>
@@ -138,6 +142,11 @@ struct Constants<float> {
   FASTACT_FN static V tanh_tail(V z) {
     return polynomial(z, -0x1.555556p-2f, 0x1.1110ccp-3f, -0x1.b9fef6p-5f, 0x1.64259p-6f, -0x1.0e95e2p-7f, 0x1.218a7p-9f);
   }
+  /// 2 (atanh s - s) / s^3 of z = s^2 for |s| <= 0.2: degree 2, 2^-28.2 of atanh s.
+  template <class V>
+  FASTACT_FN static V log1p_tail(V z) {
+    return polynomial(z, 0x1.5555b4p-1f, 0x1.992b44p-2f, 0x1.36e076p-2f);
+  }
 };
 
 template <>
@@ -145,8 +154,8 @@ struct Constants<double> {
   static constexpr double log2_e = 0x1.71547652b82fep+0;
   static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
   static constexpr double round_bias = 0x1.8p52 + 1023;
-  static constexpr double exp_normal = -0x1.6232bdd7abcd2p+9, exp_zero = -746.0, tanh_one = 20;
-  static constexpr double subnormal_shift = 600, subnormal_bias = 0x1p-422;
+  static constexpr double exp_normal = -0x1.6232bdd7abcd2p+9, exp_zero = -746.0, times_exp_zero = -753, tanh_one = 20;
+  static constexpr double subnormal_shift = 600, subnormal_unshift = 0x1p-600, subnormal_bias = 0x1p-422;
 
   /// Degree 11, 2^-59.6 of e^r - 1.
   template <class V>
@@ -165,6 +174,13 @@ struct Constants<double> {
     return polynomial(z, -0x1.5555555555555p-2, 0x1.1111111110f5cp-3, -0x1.ba1ba1b9f2c2fp-5, 0x1.664f4876a3f33p-6,
                       -0x1.226e336eb214ap-7, 0x1.d6d36fc4ebc73p-9, -0x1.7d9d2b2445a88p-10, 0x1.35130648b449ep-11,
                       -0x1.f16054e5be311p-13, 0x1.8117c551bcba4p-14, -0x1.fe7e6387a9dd5p-16, 0x1.9c3187dedd74cp-18);
+  }
+  /// Degree 8, 2^-60.0 of atanh s.
+  template <class V>
+  FASTACT_FN static V log1p_tail(V z) {
+    return polynomial(z, 0x1.5555555555555p-1, 0x1.999999999990dp-2, 0x1.249249249e1c9p-2, 0x1.c71c71b788a45p-3,
+                      0x1.745d1d11a45cdp-3, 0x1.3b126476ed9acp-3, 0x1.113ee03ee5bf2p-3, 0x1.da561bed7a673p-4,
+                      0x1.02c5246a45c34p-3);
   }
 };
 
@@ -203,15 +219,38 @@ FASTACT_FN V exp_nonpositive(V x) {
   return select(x < V(Constants<typename ElementOf<V>::type>::exp_normal), V(0), a.scaled(a.exp()));
 }
 
+/// e^x 2^subnormal_shift for x between exp_zero and exp_normal: a normal number.
+template <class V>
+FASTACT_FN V exp_shifted(V x) {
+  using C = Constants<typename ElementOf<V>::type>;
+  const Reduced<V> a(x);
+  return scale2(a.exp(), a.n + V(C::subnormal_shift), a.biased + V(C::subnormal_shift));
+}
+
 /// e^x for x < exp_normal, where it is subnormal or 0: rounded correctly but for the error of e^r, and without an operation on
 /// a subnormal number. Adding subnormal_bias, whose last bit stands for the smallest subnormal, rounds to the right grid, and
 /// leaves in the low bits just the pattern of the result.
 template <class V>
 FASTACT_FN V exp_subnormal(V x) {
   using C = Constants<typename ElementOf<V>::type>;
-  const Reduced<V> a(max(V(C::exp_zero), x));
-  const V shifted = scale2(a.exp(), a.n + V(C::subnormal_shift), a.biased + V(C::subnormal_shift));
+  const V shifted = exp_shifted(max(V(C::exp_zero), x));
   return bits_difference(shifted + V(C::subnormal_bias), V(C::subnormal_bias));
+}
+
+/// 1 / (1 + e^-x) with gradual underflow: far below zero it is e^x, down to the last subnormal number.
+template <class V>
+FASTACT_FN V logistic_gradual(V x) {
+  const V normal(Constants<typename ElementOf<V>::type>::exp_normal);
+  const V y = logistic(x);
+  return any_less(x, normal) ? V(select(x < normal, exp_subnormal(x), y)) : y;
+}
+
+/// factor e^x for x < exp_normal, where |factor| < 2^23 or infinite; rounded once where it is subnormal.
+template <class V>
+FASTACT_FN V times_exp_subnormal(V factor, V x) {
+  using C = Constants<typename ElementOf<V>::type>;
+  const V lowest(C::times_exp_zero);
+  return factor * select(x < lowest, V(0), exp_shifted(max(lowest, x))) * V(C::subnormal_unshift);
 }
 
 /// e^x for x <= 0 with gradual underflow: what is subnormal costs a branch that is seldom taken.
@@ -230,6 +269,34 @@ FASTACT_FN V expm1_nonpositive(V x) {
   const V tail = fma(a.r * C::expm1_tail(a.r), a.r, a.r);
   const V power = a.scaled(V(1));
   return select(a.n == V(0), tail, fma(power, tail, power - 1));
+}
+
+/// log(1 + u) for 0 <= u <= 1: with 1 + u = 2^k (1 + r), |r| <= 1/2, and s = r / (2 + r), k log 2 + 2 atanh s. Max error 1 ULP;
+/// NaN for NaN.
+template <class V>
+FASTACT_FN V log1p_unit(V u) {
+  using C = Constants<typename ElementOf<V>::type>;
+  const auto halved = u > V(0.5);
+  const V r = select(halved, fma(u, V(0.5), V(-0.5)), u);
+  const V s = r / (2 + r), z = s * s, h = V(0.5) * r * r;
+  const V tail = fma(s, fma(z, C::log1p_tail(z), h), -h);
+  return select(halved, (r + (tail + V(C::ln2_low))) + V(C::ln2_high), r + tail);
+}
+
+/// `factor` times the derivative of the logistic function, e^-|x| / (1 + e^-|x|)^2, for a power of two. Max error 1.1 ULP, with
+/// gradual underflow; NaN for NaN. A plain quotient would lose more than 2 ULP: here e^-|x| is 2^n (high + low), the square of
+/// the sum is kept in two parts, and what is left of the division is divided again.
+template <class V>
+FASTACT_FN V logistic_derivative(V x, int factor = 1) {
+  const V normal(Constants<typename ElementOf<V>::type>::exp_normal), a = -abs(x);
+  const Reduced<V, -1> e(min(-normal, abs(x)));
+  const V tail = e.expm1(), high = tail + 1, low = tail - (high - 1);
+  const V scaled = e.scaled(high), sum = scaled + 1, sum_rest = (scaled - (sum - 1)) + e.scaled(low);
+  const V square = sum * sum, square_rest = product_rest(sum, sum, square) + 2 * sum * sum_rest;
+  const V inverse = 1 / square, quotient = high * inverse, product = quotient * square;
+  const V left = ((high - product) - product_rest(quotient, square, product)) + (low - quotient * square_rest);
+  const V d = factor * e.scaled(fma(left, inverse, quotient));
+  return any_less(a, normal) ? V(select(a < normal, times_exp_subnormal(V(factor), a), d)) : d;
 }
 
 /// tanh a for a >= 0: 1 - 2 / (1 + e^(2a)) above 0.625, a + a^3 P(a^2) below.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -45,10 +46,12 @@ class Row:
 
 _functors = {name: (functor, parameters) for name, functor, parameters in _C.rows()}
 
-# Filled by fastact.activations: every row by name; those of elementwise activations; the one that is not.
+# Filled by fastact.activations: every public row by name; those of elementwise activations; the one that is not; and the rows
+# that functions take where `precise_grad` is true.
 rows: dict[str, Row] = {}
 elementwise: dict[str, Row] = {}
 softmax: Row
+precise: dict[str, Row] = {}
 
 
 def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
@@ -83,6 +86,10 @@ def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable
             softmax = row
         else:
             elementwise[name] = row
+        if "precise_grad" in arguments:
+            twin = "precise_" + name
+            with_precise_grad = functools.partial(function, precise_grad=True)
+            precise[twin] = Row(twin, _functors[twin][0], defaults, with_precise_grad, reference, ulp)
         return function
 
     return decorate

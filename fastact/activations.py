@@ -21,6 +21,8 @@ What holds for every function here:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,28 +31,50 @@ from fastact._registry import activation
 
 __all__ = [
     "ELU",
+    "Hardsigmoid",
     "LeakyReLU",
+    "LogSigmoid",
     "ReLU",
     "ScaledSigmoid",
+    "SiLU",
     "Sigmoid",
     "Softmax",
+    "Softplus",
     "Tanh",
     "elu",
+    "hardsigmoid",
     "leaky_relu",
+    "log_sigmoid",
     "relu",
     "scaled_sigmoid",
     "sigmoid",
+    "silu",
     "softmax",
+    "softplus",
     "tanh",
 ]
 
 
+def _keep(module: nn.Module, **arguments: Any) -> None:
+    """Sets the arguments that torch.nn's twin lacks, where they differ from the default in the class: a module made like its
+    twin has its twin's attributes, and one that was pickled before there was such an argument still works."""
+    for name, value in arguments.items():
+        if value != getattr(type(module), name):
+            setattr(module, name, value)
+
+
+def _kept(module: nn.Module, *names: str) -> str:
+    """Those arguments as `extra_repr` shows them."""
+    return ", ".join(f"{name}={getattr(module, name)!r}" for name in names if name in vars(module))
+
+
 @activation(ulp=2.0)
-def sigmoid(x: Tensor) -> Tensor:
+def sigmoid(x: Tensor, precise_grad: bool = False) -> Tensor:
     """1 / (1 + exp(-x)), elementwise: `torch.sigmoid`.
 
     Gradient: dy y (1 - y), at most dy / 4. Shape and dtype: those of x; integers give the default dtype.
     Error: at most {ulp} ULP over all inputs, with gradual underflow down to x = -103.97 in float32.
+    With `precise_grad` the input is saved rather than the output, and the derivative is within 2 ULP of the true one.
     """
     return torch.sigmoid(x)
 
@@ -58,8 +82,17 @@ def sigmoid(x: Tensor) -> Tensor:
 class Sigmoid(nn.Sigmoid):
     """`fastact.sigmoid` as a module: the twin of `torch.nn.Sigmoid`. Shape: any; the output has the input's."""
 
+    precise_grad = False
+
+    def __init__(self, precise_grad: bool = False) -> None:
+        super().__init__()
+        _keep(self, precise_grad=precise_grad)
+
     def forward(self, input: Tensor) -> Tensor:
-        return sigmoid(input)
+        return sigmoid(input, self.precise_grad)
+
+    def extra_repr(self) -> str:
+        return _kept(self, "precise_grad")
 
 
 @activation(ulp=0.0)
@@ -85,7 +118,7 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
 
     Gradient: dy where x > 0, else negative_slope * dy. Saved: the output; for a negative slope the input, because the sign of
     the output then does not tell the branch. Shape and dtype: those of x. Error: at most {ulp} ULP.
-    With `inplace` the result overwrites x; for a negative slope the backward then raises `RuntimeError`: the branch is lost.
+    With `inplace` the result overwrites x; for a negative slope a copy of x is then saved.
     """
     return F.leaky_relu(x, negative_slope, inplace)
 
@@ -98,11 +131,11 @@ class LeakyReLU(nn.LeakyReLU):
 
 
 @activation(ulp=1.5)
-def tanh(x: Tensor) -> Tensor:
+def tanh(x: Tensor, precise_grad: bool = False) -> Tensor:
     """tanh(x), elementwise: `torch.tanh`.
 
     Gradient: dy (1 - y^2). Shape and dtype: those of x; integers give the default dtype.
-    Error: at most {ulp} ULP over all inputs; odd bit for bit.
+    Error: at most {ulp} ULP over all inputs; odd bit for bit. `precise_grad`: as `sigmoid`'s.
     """
     return torch.tanh(x)
 
@@ -110,18 +143,28 @@ def tanh(x: Tensor) -> Tensor:
 class Tanh(nn.Tanh):
     """`fastact.tanh` as a module: the twin of `torch.nn.Tanh`. Shape: any; the output has the input's."""
 
+    precise_grad = False
+
+    def __init__(self, precise_grad: bool = False) -> None:
+        super().__init__()
+        _keep(self, precise_grad=precise_grad)
+
     def forward(self, input: Tensor) -> Tensor:
-        return tanh(input)
+        return tanh(input, self.precise_grad)
+
+    def extra_repr(self) -> str:
+        return _kept(self, "precise_grad")
 
 
 @activation(ulp=2.5)
-def scaled_sigmoid(x: Tensor, scale: float = 1.0, slope: float = 1.0) -> Tensor:
-    """scale * sigmoid(slope * x), elementwise, in one kernel.
+def scaled_sigmoid(x: Tensor, scale: float = 1.0, slope: float = 1.0, precise_grad: bool = False) -> Tensor:
+    """scale * sigmoid(slope * x), elementwise, in one kernel. `scaled_sigmoid(x, -1)` is the negative sigmoid, -sigmoid(x).
 
     Gradient: dy slope y (1 - y / scale), at most dy scale slope / 4. A scale of 0 gives 0 with gradient 0.
     Shape and dtype: those of x; integers give the default dtype.
     Error: at most {ulp} ULP of scale * sigmoid(z), where z is slope * x rounded to the dtype
     that is computed in; where sigmoid(z) is subnormal (z < -87.3 in float32), also the scale times half its last bit.
+    `precise_grad`: as `sigmoid`'s, with the derivative taken at z.
     """
     return scale * torch.sigmoid(slope * x)
 
@@ -129,16 +172,19 @@ def scaled_sigmoid(x: Tensor, scale: float = 1.0, slope: float = 1.0) -> Tensor:
 class ScaledSigmoid(nn.Module):
     """`fastact.scaled_sigmoid` as a module: scale * sigmoid(slope * x). Shape: any; the output has the input's."""
 
-    def __init__(self, scale: float = 1.0, slope: float = 1.0) -> None:
+    precise_grad = False
+
+    def __init__(self, scale: float = 1.0, slope: float = 1.0, precise_grad: bool = False) -> None:
         super().__init__()
         self.scale = scale
         self.slope = slope
+        _keep(self, precise_grad=precise_grad)
 
     def forward(self, input: Tensor) -> Tensor:
-        return scaled_sigmoid(input, self.scale, self.slope)
+        return scaled_sigmoid(input, self.scale, self.slope, self.precise_grad)
 
     def extra_repr(self) -> str:
-        return f"scale={self.scale}, slope={self.slope}"
+        return ", ".join(filter(None, [f"scale={self.scale}, slope={self.slope}", _kept(self, "precise_grad")]))
 
 
 @activation(ulp=2.0)
@@ -146,7 +192,8 @@ def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """x where x > 0, else alpha * (exp(x) - 1), elementwise: `torch.nn.functional.elu`.
 
     Gradient: dy where y > 0, else dy (y + alpha). Saved: the output; for a negative alpha the input.
-    Shape and dtype: those of x. Error: at most {ulp} ULP over all inputs. With `inplace` the result overwrites x.
+    Shape and dtype: those of x. Error: at most {ulp} ULP over all inputs. With `inplace` the result overwrites x;
+    for a negative alpha a copy of x is then saved.
     """
     return F.elu(x, alpha, inplace)
 
@@ -156,6 +203,75 @@ class ELU(nn.ELU):
 
     def forward(self, input: Tensor) -> Tensor:
         return elu(input, self.alpha, self.inplace)
+
+
+@activation(ulp=3.0)
+def silu(x: Tensor, inplace: bool = False) -> Tensor:
+    """x / (1 + exp(-x)), elementwise: `torch.nn.functional.silu`, also called swish.
+
+    Gradient: dy s (1 + x (1 - s)) with s = sigmoid(x). Saved: the input. Shape and dtype: those of x.
+    Error: at most {ulp} ULP over all inputs; -inf gives NaN, as in torch. With `inplace` the result overwrites x, and a copy of
+    x is saved.
+    """
+    return F.silu(x, inplace)
+
+
+class SiLU(nn.SiLU):
+    """`fastact.silu` as a module: the twin of `torch.nn.SiLU(inplace=False)`. Shape: any; the output has the input's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return silu(input, self.inplace)
+
+
+@activation(ulp=3.0)
+def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """log(1 + exp(beta * x)) / beta, and x where beta * x > threshold, elementwise: `torch.nn.functional.softplus`.
+
+    Gradient: dy (1 - exp(-beta y)), and dy where beta y > threshold. Saved: the output; for a threshold below 20, or beta of 0,
+    the input. Shape and dtype: those of x. Error: at most {ulp} ULP, of what z = beta * x rounded to the dtype that is computed
+    in gives.
+    """
+    return F.softplus(x, beta, threshold)
+
+
+class Softplus(nn.Softplus):
+    """`fastact.softplus` as a module: the twin of `torch.nn.Softplus(beta=1.0, threshold=20.0)`. Shape: any."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return softplus(input, self.beta, self.threshold)
+
+
+@activation(ulp=3.0)
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log(1 / (1 + exp(-x))), elementwise: `torch.nn.functional.logsigmoid`.
+
+    Gradient: dy (1 - exp(y)). Shape and dtype: those of x. Error: at most {ulp} ULP over all inputs.
+    """
+    return F.logsigmoid(x)
+
+
+class LogSigmoid(nn.LogSigmoid):
+    """`fastact.log_sigmoid` as a module: the twin of `torch.nn.LogSigmoid`. Shape: any; the output has the input's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return log_sigmoid(input)
+
+
+@activation(ulp=1.5)
+def hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    """(x + 3) / 6, but at least 0 and at most 1, elementwise: `torch.nn.functional.hardsigmoid`.
+
+    Gradient: dy / 6 where -3 < x < 3, else 0. Shape and dtype: those of x. Error: at most {ulp} ULP over all inputs.
+    With `inplace` the result overwrites x.
+    """
+    return F.hardsigmoid(x, inplace)
+
+
+class Hardsigmoid(nn.Hardsigmoid):
+    """`fastact.hardsigmoid` as a module: the twin of `torch.nn.Hardsigmoid(inplace=False)`. Shape: any."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return hardsigmoid(input, self.inplace)
 
 
 @activation(ulp=None)

@@ -23,7 +23,9 @@ from torch import Tensor
 import fastact
 from fastact import _C, _registry
 
-ELEMENTWISE = list(_registry.elementwise.values())
+PUBLIC_ELEMENTWISE = list(_registry.elementwise.values())
+ELEMENTWISE = [*PUBLIC_ELEMENTWISE, *_registry.precise.values()]
+PUBLIC_ROWS = [*PUBLIC_ELEMENTWISE, _registry.softmax]
 ALL_ROWS = [*ELEMENTWISE, _registry.softmax]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SEED = int(os.environ.get("FASTACT_TEST_SEED", random.SystemRandom().randrange(2**31)))

@@ -104,6 +104,10 @@ def test_16_bit_backward(row: Row, dtype16: torch.dtype, isa: str) -> None:
             assert worst.error <= 0.5 + BEFORE_ROUNDING_BACKWARD, f"dy {dy} {ident(row, parameters, isa, dtype16)}: {worst}"
 
 
+# torch multiplies by 1/6 as a float32, in float64 too.
+REFERENCE_ERROR = {"hardsigmoid": 2.0**-24}
+
+
 def float64_inputs(generator: torch.Generator) -> torch.Tensor:
     """Magnitudes from 2^-30 to 2^10, and the places where formulas change branch or results leave the normal range."""
     exponents = torch.rand(1500, generator=generator, dtype=torch.float64) * 40 - 30
@@ -163,7 +167,7 @@ def test_float64_backward(row: Row, isa: str, generator: torch.Generator) -> Non
         torch.testing.assert_close(
             actual,
             expected,
-            rtol=32 * 2.0**-53,
+            rtol=max(32 * 2.0**-53, REFERENCE_ERROR.get(row.name, 0)),
             atol=0,
             msg=partial("{}{} {} seed {}: {}".format, row.name, parameters, isa, SEED),
         )
@@ -215,4 +219,4 @@ def test_formula_holds_the_reference(row: Row) -> None:
         (expected,) = torch.autograd.grad(row.reference(leaf, *parameters), leaf, torch.full_like(x, 0.5))
         actual = backward_formula(row, torch.full_like(x, 0.5), saved, parameters)
         # 1 - y cancels near saturation: y is within 2^-53 of 1 - 2^-9 at x = 3 with the steepest slope here.
-        torch.testing.assert_close(actual, expected, rtol=2.0**-38, atol=0)
+        torch.testing.assert_close(actual, expected, rtol=max(2.0**-38, REFERENCE_ERROR.get(row.name, 0)), atol=0)

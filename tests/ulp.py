@@ -60,12 +60,12 @@ class Worst:
     actual: float = 0.0
     misrounded: int = 0
 
-    def add(self, x: Tensor, expected: Tensor, actual: Tensor, smallest: float = 0.0) -> None:
+    def add(self, x: Tensor, expected: Tensor, actual: Tensor, smallest: float | Tensor = 0.0) -> None:
         """NaN must meet NaN and infinity infinity; `expected` is float64; no unit is taken smaller than `smallest`."""
         rounded = rounded_once(expected, actual.dtype)
         same = (rounded == actual) | (expected.isnan() & actual.isnan())
         self.misrounded += int((~same).sum())
-        error = (actual.double() - expected).abs() / ulp_of(expected, actual.dtype).clamp(min=smallest)
+        error = (actual.double() - expected).abs() / torch.maximum(ulp_of(expected, actual.dtype), torch.as_tensor(smallest))
         error = torch.where(same & ~rounded.isfinite(), 0.0, error).nan_to_num(nan=torch.inf)
         value, index = error.max(0)
         if value > self.error:
@@ -105,16 +105,21 @@ def backward_formula(row: Row, dy: Tensor, saved: Tensor, parameters: tuple[floa
     return row.backward_op(dy.double(), saved.double(), *parameters)
 
 
+# Where a derivative is a difference, what its error is measured by: the sum of the magnitudes of the terms.
+TERMS = {"silu": lambda x: torch.sigmoid(x) * (1 + x.abs() * torch.sigmoid(-x))}
+
+
 def backward_sweep(row: Row, parameters: tuple[float, ...], chunks: Iterator[Tensor], dy: float) -> Worst:
     """A subnormal factor of the formula has an error of its last bit, which dy and the parameters multiply."""
     worst = Worst()
     smallest = abs(dy) * max([1.0, *map(abs, parameters)]) * 2.0**-149
     for x in chunks:
+        least: float | Tensor = smallest
+        if row.name in TERMS:
+            least = ulp_of(dy * TERMS[row.name](x.double()), x.dtype).clamp(min=smallest).nan_to_num(nan=smallest)
         saved = x if row.saves_input(*parameters) else row.op(x, *parameters)
         gradient = torch.full_like(saved, dy)
-        worst.add(
-            x, backward_formula(row, gradient, saved, parameters), row.backward_op(gradient, saved, *parameters), smallest
-        )
+        worst.add(x, backward_formula(row, gradient, saved, parameters), row.backward_op(gradient, saved, *parameters), least)
     return worst
 
 
@@ -128,7 +133,7 @@ def main() -> None:
         )
     )
     print(
-        f"{'':16}{'isa':10}{'promise':>9}{'float32':>9}{'bfloat16':>10}{'wrong':>7}{'float16':>9}{'wrong':>7}{'backward':>10}"
+        f"{'':24}{'isa':10}{'promise':>9}{'float32':>9}{'bfloat16':>10}{'wrong':>7}{'float16':>9}{'wrong':>7}{'backward':>10}"
     )
     for row in ELEMENTWISE:
         for isa in ISAS:
@@ -139,7 +144,7 @@ def main() -> None:
             f16 = forward_sweep(row, parameters, patterns(torch.float16))
             back = backward_sweep(row, parameters, patterns(torch.float32, step), 1.0)
             print(
-                f"{row.name:16}{isa:10}{row.ulp:9.1f}{f32.error:9.3f}{bf16.error:10.3f}{bf16.misrounded:7}"
+                f"{row.name:24}{isa:10}{row.ulp:9.1f}{f32.error:9.3f}{bf16.error:10.3f}{bf16.misrounded:7}"
                 f"{f16.error:9.3f}{f16.misrounded:7}{back.error:10.3f}",
                 flush=True,
             )

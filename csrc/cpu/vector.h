@@ -61,6 +61,9 @@ struct Lanes {
   FASTACT_FN friend Lanes copysign(Lanes x, Lanes s) { return Lanes((Raw)(((Bits)x.raw & ~sign()) | ((Bits)s.raw & sign()))); }
   FASTACT_FN friend Lanes bits_difference(Lanes a, Lanes b) { return Lanes((Raw)((Bits)a.raw - (Bits)b.raw)); }
 
+  /// Cut off after half of the digits.
+  FASTACT_FN Lanes half() const { return Lanes((Raw)((Bits)raw & ~((Bits{} + 1 << (BitsOf<T>::fraction + 2) / 2) - 1))); }
+
  private:
   FASTACT_FN static Bits sign() { return Bits{} + Signed(uint64_t(1) << (8 * sizeof(T) - 1)); }
 };
@@ -75,6 +78,8 @@ FASTACT_FN Float max(Float a, Float b) { return Float(_mm512_max_ps(a.raw, b.raw
 FASTACT_FN Double max(Double a, Double b) { return Double(_mm512_max_pd(a.raw, b.raw)); }
 FASTACT_FN Float min(Float a, Float b) { return Float(_mm512_min_ps(a.raw, b.raw)); }
 FASTACT_FN Double min(Double a, Double b) { return Double(_mm512_min_pd(a.raw, b.raw)); }
+FASTACT_FN Float product_rest(Float a, Float b, Float p) { return fma(a, b, -p); }
+FASTACT_FN Double product_rest(Double a, Double b, Double p) { return fma(a, b, -p); }
 FASTACT_FN Float scale2(Float x, Float n, Float) { return Float(_mm512_scalef_ps(x.raw, n.raw)); }
 FASTACT_FN Double scale2(Double x, Double n, Double) { return Double(_mm512_scalef_pd(x.raw, n.raw)); }
 FASTACT_FN bool any_less(Float a, Float b) { return _mm512_cmp_ps_mask(a.raw, b.raw, _CMP_LT_OQ); }
@@ -89,6 +94,8 @@ using Float = Lanes<float, 8>;
 using Double = Lanes<double, 4>;
 FASTACT_FN Float fma(Float a, Float b, Float c) { return Float(_mm256_fmadd_ps(a.raw, b.raw, c.raw)); }
 FASTACT_FN Double fma(Double a, Double b, Double c) { return Double(_mm256_fmadd_pd(a.raw, b.raw, c.raw)); }
+FASTACT_FN Float product_rest(Float a, Float b, Float p) { return fma(a, b, -p); }
+FASTACT_FN Double product_rest(Double a, Double b, Double p) { return fma(a, b, -p); }
 FASTACT_FN Float max(Float a, Float b) { return Float(_mm256_max_ps(a.raw, b.raw)); }
 FASTACT_FN Double max(Double a, Double b) { return Double(_mm256_max_pd(a.raw, b.raw)); }
 FASTACT_FN Float min(Float a, Float b) { return Float(_mm256_min_ps(a.raw, b.raw)); }
@@ -104,6 +111,12 @@ using Double = Lanes<double, 2>;
 template <class T, int N>
 FASTACT_FN Lanes<T, N> fma(Lanes<T, N> a, Lanes<T, N> b, Lanes<T, N> c) {
   return a * b + c;
+}
+/// Dekker's: the products of half as many digits are exact.
+template <class T, int N>
+FASTACT_FN Lanes<T, N> product_rest(Lanes<T, N> a, Lanes<T, N> b, Lanes<T, N> p) {
+  const Lanes<T, N> a_high = a.half(), a_low = a - a_high, b_high = b.half(), b_low = b - b_high;
+  return ((a_high * b_high - p) + a_high * b_low + a_low * b_high) + a_low * b_low;
 }
 #if defined(__x86_64__)
 FASTACT_FN Float max(Float a, Float b) { return Float(_mm_max_ps(a.raw, b.raw)); }

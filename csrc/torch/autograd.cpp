@@ -113,7 +113,6 @@ bool unseen(const Tensor& dy, const Tensor& saved) {
 struct ForwardNode : torch::autograd::TraceableFunction {
   Call activation;
   bool output_saved = true;
-  bool input_lost = false;  // in place, where the backward needs the input
   SavedVariable saved;
 
   explicit ForwardNode(const Call& c) : activation(c) {}
@@ -125,9 +124,6 @@ struct ForwardNode : torch::autograd::TraceableFunction {
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!grads[0].defined() || !task_should_compute_output(0)) return {Tensor()};
-    TORCH_CHECK(!input_lost, "In-place ", activation.name(),
-                " with a negative slope has overwritten the input that its "
-                "backward needs. Call it out of place.");
     const Tensor s = output_saved ? saved.unpack(self()) : saved.unpack();
     if (unseen(grads[0], s)) return {activation.cpu_backward(std::move(grads[0]), s)};
     return {activation.backward(grads[0], s)};
@@ -234,19 +230,20 @@ struct InplaceAutograd {
     const bool requires_grad = torch::autograd::compute_requires_grad(x);
     torch::autograd::check_inplace(x, requires_grad);
     const Tensor tangent = tangent_of(x);
-    TORCH_CHECK(!tangent.defined() || !call.saves_input(), "In-place ", call.name(),
-                " with a negative slope has no forward-mode derivative. Call it out of place.");
     const auto node = node_for<ForwardNode>(call, x);
+    // What the derivative is taken from, where the result does not tell it: a copy, whose own derivative leads to x.
+    const Tensor input = (node || tangent.defined()) && call.saves_input() ? x.clone() : Tensor();
     {
       at::AutoDispatchBelowAutograd guard;
       inplace_op<P...>(row).redispatch(keys & c10::after_autograd_keyset, x, p...);
     }
     if (node) torch::autograd::rebase_history(x, node);
     // The tangent is modified in place too: others may hold it.
-    if (tangent.defined()) x._set_fw_grad(tangent.copy_(call.backward(tangent, x._fw_primal(0))), 0, true);
+    if (tangent.defined())
+      x._set_fw_grad(tangent.copy_(call.backward(tangent, (input.defined() ? input : x)._fw_primal(0))), 0, true);
     if (node) {
-      node->input_lost = call.saves_input();
-      node->saved = SavedVariable(x, true, x.is_view());
+      node->output_saved = !input.defined();
+      node->saved = input.defined() ? SavedVariable(input, false) : SavedVariable(x, true, x.is_view());
     }
   }
 };

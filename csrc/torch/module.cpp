@@ -51,9 +51,10 @@ struct Function {
   std::vector<std::string> arguments;  // x first
   std::vector<double> defaults;        // of the float parameters
   bool inplace = false;                // whether the last argument is `inplace`
+  int precise = kNone;                 // the row to take where the last argument, `precise_grad`, is true
   py::object self;                     // the C function
 
-  static constexpr int kSoftmax = -1;
+  static constexpr int kSoftmax = -1, kNone = -2;
 };
 
 /// Why a device that could have kernels has none; null where it has them, or never could.
@@ -164,22 +165,24 @@ PyObject* call_row(const Function& f, PyObject** bound, const Tensor& x) {
     if (!number) return call_python(f, f.reference, bound);
     parameters[k] = *number;
   }
-  bool inplace = false;
-  if (f.inplace && bound[arity + 1]) {
-    const int truth = PyObject_IsTrue(bound[arity + 1]);
+  bool flag = false;
+  if (PyObject* last = bound[arity + 1]) {
+    const int truth = PyObject_IsTrue(last);
     if (truth < 0) throw python_error();
-    inplace = truth;
+    flag = truth;
   }
   if (!has_kernel(x)) return call_python(f, f.reference, bound);
+  const bool inplace = f.inplace && flag;
+  const int row = flag && !inplace ? f.precise : f.row;
   if (!inplace && plain(x) && untracked(x))
-    return THPVariable_Wrap(unlocked(x, [&] { return cpu_forward(f.row, x, parameters); }));
+    return THPVariable_Wrap(unlocked(x, [&] { return cpu_forward(row, x, parameters); }));
   return with_arity(int(arity), [&]<class... P>() -> PyObject* {
     return spread<P...>(parameters, [&](P... p) -> PyObject* {
       if (inplace) {
-        unlocked(x, [&] { inplace_op<P...>(f.row).call(x, p...); });
+        unlocked(x, [&] { inplace_op<P...>(row).call(x, p...); });
         return Py_NewRef(bound[0]);
       }
-      return THPVariable_Wrap(unlocked(x, [&] { return forward_op<P...>(f.row).call(x, p...); }));
+      return THPVariable_Wrap(unlocked(x, [&] { return forward_op<P...>(row).call(x, p...); }));
     });
   });
 }
@@ -242,10 +245,11 @@ int row_named(const std::string& name) {
 /// Makes the C function for a public name. It lives as long as the process, as the functions of any module do.
 py::object make_function(const std::string& name, py::object reference, std::vector<std::string> arguments,
                          std::vector<double> defaults, bool inplace, const std::string& doc, py::object warn) {
-  auto* f = new Function{row_named(name),     name,    doc, {}, std::move(reference), std::move(warn), std::move(arguments),
-                         std::move(defaults), inplace, {}};
+  auto* f = new Function{row_named(name),     name,   doc, {}, std::move(reference), std::move(warn), std::move(arguments),
+                         std::move(defaults), inplace};
+  if (f->arguments.back() == "precise_grad") f->precise = row_named("precise_" + name);
   const size_t named = f->row == Function::kSoftmax ? 2 : size_t(kRows[f->row].arity());
-  const size_t expected = 1 + named + (inplace ? 1 : 0);
+  const size_t expected = 1 + named + (inplace || f->precise != Function::kNone ? 1 : 0);
   if (f->arguments.size() != expected || (f->row != Function::kSoftmax && f->defaults.size() != named))
     throw py::value_error(name + ": the Python signature differs from the row's parameters");
   for (size_t k = 0; f->row != Function::kSoftmax && k < named; ++k)

@@ -96,6 +96,18 @@ inline TensorLane exp_nonpositive(const TensorLane& x) {
   const Term e{x.value.tensor.exp()};
   return {e, x.tangent * e};
 }
+inline TensorLane logistic(const TensorLane& x) {
+  const Term s{x.value.tensor.sigmoid()}, rest{(-x.value.tensor).sigmoid()};
+  return {s, x.tangent * (s * rest)};
+}
+inline TensorLane logistic_gradual(const TensorLane& x) { return logistic(x); }
+inline TensorLane logistic_derivative(const TensorLane& x, int factor = 1) {
+  const Term s{x.value.tensor.sigmoid()}, rest{(-x.value.tensor).sigmoid()}, d = Term{{}, double(factor)} * s * rest;
+  return {d, x.tangent * (d * (rest - s))};
+}
+// torch's functions need no other way where results are subnormal.
+inline bool any_less(const TensorLane&, const TensorLane&) { return false; }
+inline TensorLane times_exp_subnormal(const TensorLane& factor, const TensorLane& x) { return factor * exp_nonpositive(x); }
 inline TensorLane exp_gradual(const TensorLane& x) { return exp_nonpositive(x); }
 inline TensorLane expm1_nonpositive(const TensorLane& x) {
   return {{x.value.tensor.expm1()}, x.tangent * Term{x.value.tensor.exp()}};
