@@ -4,8 +4,10 @@ from fastact._build import build_info, check
 
 check()
 
-from fastact import activations, autograd, functional, memory, modules  # noqa: E402
+from fastact import _transforms, activations, autograd, compiler, functional, memory, modules  # noqa: E402
 from fastact.activations import *  # noqa: E402, F403
 
+_transforms.register_all()
+
 __version__ = "0.1.0"
-__all__ = ["autograd", "build_info", "functional", "memory", "modules", *activations.__all__]
+__all__ = ["autograd", "build_info", "compiler", "functional", "memory", "modules", *activations.__all__]

@@ -27,6 +27,12 @@ class Row:
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     ulp: float | None  # promised error of float32 and float64 results, in units of the last place
+    arguments: dict[str, Any]  # names and defaults of all that follows x in a call of `function`, in order
+
+    @property
+    def along_dim(self) -> bool:
+        """Whether it is computed along a dim, rather than elementwise."""
+        return self.name not in _functors
 
     @property
     def op(self) -> Any:
@@ -37,6 +43,22 @@ class Row:
     def backward_op(self) -> Any:
         """`torch.ops.fastact.<name>_backward(dy, saved, *parameters)`; softmax: `(dy, y, dim)`."""
         return getattr(torch.ops.fastact, self.name + "_backward")
+
+    @property
+    def inplace_op(self) -> Any:
+        """`torch.ops.fastact.<name>_(x, *parameters)`, of an elementwise row."""
+        return getattr(torch.ops.fastact, self.name + "_")
+
+    @property
+    def ops(self) -> list[Any]:
+        return [self.op, self.backward_op] + ([] if self.along_dim else [self.inplace_op])
+
+    def op_values(self, inplace: bool = False, precise_grad: bool = False, **given: Any) -> tuple[Any, ...] | None:
+        """What the op takes after x in a call of the function with these arguments; None where only the reference serves it."""
+        given.pop("dtype", None)  # x has it already
+        if inplace or not all(isinstance(value, int | float) for value in given.values()):
+            return None
+        return tuple(given.values())
 
     def saves_input(self, *parameters: float) -> bool:
         """Whether `saved` is the input, for these parameters; else it is the output."""
@@ -80,7 +102,8 @@ def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable
             _softmax_dim,
         )
         class_name = "Softmax" if name == "softmax" else _functors[name][0]
-        row = rows[name] = Row(name, class_name, defaults, function, reference, ulp)
+        others = {p.name: p.default for p in list(signature.parameters.values())[1:]}
+        row = rows[name] = Row(name, class_name, defaults, function, reference, ulp, others)
         if name == "softmax":
             global softmax
             softmax = row
@@ -89,7 +112,7 @@ def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable
         if "precise_grad" in arguments:
             twin = "precise_" + name
             with_precise_grad = functools.partial(function, precise_grad=True)
-            precise[twin] = Row(twin, _functors[twin][0], defaults, with_precise_grad, reference, ulp)
+            precise[twin] = Row(twin, _functors[twin][0], defaults, with_precise_grad, reference, ulp, others)
         return function
 
     return decorate

@@ -1,0 +1,39 @@
+"""What becomes of fastact's activations under `torch.compile`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fastact import _registry, _transforms
+
+__all__ = ["opaque"]
+
+
+@contextmanager
+def _restored(before: set[str]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        _transforms.opaque.clear()
+        _transforms.opaque.update(before)
+
+
+def opaque(*names: str) -> contextmanager[None]:
+    """Keeps the kernels of these activations in what is compiled from now on: `fastact.compiler.opaque("softmax")`.
+
+    By default `torch.compile` sees an activation as plain torch operators, which Inductor fuses with their neighbours. That is
+    best for elementwise activations between other elementwise work. A kernel of its own is best where there is little to fuse
+    and the kernel is much faster than the code that Inductor writes, such as a softmax over long rows: compare both.
+
+    `names`: of functions (`"softmax"`, `"tanh"` ...); none for the default. Graphs compiled before are compiled anew where the
+    set has changed. As a context manager (`with fastact.compiler.opaque("softmax"): ...`) it puts back what was set before.
+    Raises `ValueError` for a name that is not an activation's.
+    """
+    unknown = set(names) - set(_registry.rows)
+    if unknown:
+        raise ValueError(f"opaque(): no activation is called {sorted(unknown)[0]!r}; there are {', '.join(_registry.rows)}")
+    before = set(_transforms.opaque)
+    _transforms.opaque.clear()
+    _transforms.opaque.update(names)
+    return _restored(before)
