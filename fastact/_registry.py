@@ -53,13 +53,6 @@ class Row:
     def ops(self) -> list[Any]:
         return [self.op, self.backward_op] + ([] if self.along_dim else [self.inplace_op])
 
-    def op_values(self, inplace: bool = False, precise_grad: bool = False, **given: Any) -> tuple[Any, ...] | None:
-        """What the op takes after x in a call of the function with these arguments; None where only the reference serves it."""
-        given.pop("dtype", None)  # x has it already
-        if inplace or not all(isinstance(value, int | float) for value in given.values()):
-            return None
-        return tuple(given.values())
-
     def saves_input(self, *parameters: float) -> bool:
         """Whether `saved` is the input, for these parameters; else it is the output."""
         values = [*parameters, *list(self.parameters.values())[len(parameters) :]]

@@ -114,25 +114,34 @@ opaque: set[str] = set()
 
 def substitute(row: Row) -> None:
     """Dynamo cannot look into a C function, and traces this in its place."""
-    reference, defaults, op = row.reference, row.arguments, row.op.default
-    precise_op = _registry.precise["precise_" + row.name].op.default if "precise_grad" in defaults else op
-    dtype_at = list(defaults).index("dtype") if "dtype" in defaults else 0
+    reference, defaults, op, count = row.reference, row.arguments, row.op.default, len(row.parameters)
+    precise_op = _registry.precise["precise_" + row.name].op.default if "precise_grad" in defaults else None
 
     @torch.compiler.assume_constant_result
     def is_opaque() -> bool:
         return row.name in opaque
 
-    @torch.compiler.assume_constant_result
-    def op_values(*values: Any) -> tuple[Any, ...] | None:
-        return row.op_values(**dict(zip(defaults, values, strict=True)))
+    def elementwise(x: Tensor, *values: Any) -> Tensor | None:
+        """The kernel's result, or None where it is the reference that serves the call."""
+        flag = values[count] if len(values) > count else False
+        if x.dtype not in KERNEL_DTYPES or (flag and precise_op is None):
+            return None
+        for value in values[:count]:
+            if not isinstance(value, int | float):
+                return None
+        return (precise_op if flag else op)(x, *values[:count])
+
+    def along_dim(x: Tensor, dim: int | None, dtype: torch.dtype | None) -> Tensor | None:
+        x = x if dtype is None else x.to(dtype)
+        return None if dim is None or x.dtype not in KERNEL_DTYPES else op(x, dim)
+
+    kernel = along_dim if row.along_dim else elementwise
 
     def traced(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if is_opaque():
-            given = [*args, *(kwargs.get(name, default) for name, default in [*defaults.items()][len(args) :])]
-            values, dtype = op_values(*given), given[dtype_at] if dtype_at else None
-            x_ = x if dtype is None else x.to(dtype)
-            if values is not None and x_.dtype in KERNEL_DTYPES:
-                return (precise_op if precise_op is not op and given[-1] else op)(x_, *values)
+            y = kernel(x, *args, *[kwargs.get(name, default) for name, default in [*defaults.items()][len(args) :]])
+            if y is not None:
+                return y
         return reference(x, *args, **kwargs)
 
     torch.compiler.substitute_in_graph(row.function, skip_signature_check=True)(traced)

@@ -52,6 +52,12 @@ CPU_ONLY_FILES = {
 # Parameters besides the defaults: both signs, zero, and values that are not powers of two.
 EXTRA_PARAMETERS = {0: [], 1: [(0.2,), (0.0,), (1.5,), (-0.3,)], 2: [(4.0, 1.0), (-1.0, 1.0), (2.5, -0.7), (0.0, 1.0)]}
 
+# What torch's float64 gradient is off by: it multiplies by 1/6 as a float32.
+REFERENCE_ERROR = {"hardsigmoid": 2.0**-24}
+
+# Plain torch whose derivatives can be taken again, where those of the reference cannot.
+SMOOTH_REFERENCE = {"hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6}
+
 INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # by size in bytes
 
 
