@@ -267,8 +267,9 @@ class functional_patch(ContextDecorator, TorchFunctionMode):
     each function in `fastact.functional`; so also for `torch.nn` modules. It holds for this thread, and can be nested, used
     again, and put over a function: `@fastact.functional_patch()`.
 
-    Torch's own function is taken for arguments that fastact's does not know (`out=`), for subclasses of `Tensor`, in code that
-    `torch.compile` compiles, and where hooks for saved tensors are active, as in `torch.utils.checkpoint`.
+    Torch's own function is taken for arguments that fastact's does not know (`out=`), for subclasses of `Tensor`, inside
+    transforms of `torch.func`, in code that `torch.compile` compiles, and where hooks for saved tensors are active, as in
+    `torch.utils.checkpoint`.
     """
 
     def __torch_function__(
@@ -279,9 +280,10 @@ class functional_patch(ContextDecorator, TorchFunctionMode):
             # What Inductor can fuse is better left to it.
             return func(*args, **kwargs)
         known = _FUNCTIONS.get(func)
-        if known is None or _recomputes():
+        if known is None or _elsewhere():
             return func(*args, **kwargs)
-        given = {name: value for name, value in kwargs.items() if name != "_stacklevel"}
+        given = dict(kwargs)
+        given.pop("_stacklevel", None)  # F.softmax's, for a warning
         x, *rest = args or (given.pop("input", None),)
         # A subclass may care which function it is that it gets.
         if type(x) not in (Tensor, nn.Parameter) or len(rest) >= len(known.arguments) or not given.keys() <= {*known.arguments}:
@@ -289,9 +291,11 @@ class functional_patch(ContextDecorator, TorchFunctionMode):
         return known.ours(x, *rest, **given, **known.fixed)
 
 
-def _recomputes() -> bool:
-    """Whether saved tensors may come from another run of the forward, as `torch.utils.checkpoint` has it.
-
-    That run is outside of any mode, so torch's functions would fill in what ours saved: an ELU's input, say, for its output.
-    """
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+def _elsewhere() -> bool:
+    """Whether what runs now will be finished by something that has to find torch's functions."""
+    # torch.utils.checkpoint runs the forward again, outside of any mode, and takes what is saved then for what was saved at
+    # first. Torch's functions do not save what ours do: an ELU's input, say, would be taken for its output.
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return True
+    # Our ops have no batching rule: vmap, and what is made of it, would take one example at a time, and warn.
+    return torch._C._are_functorch_transforms_active()
