@@ -57,7 +57,7 @@ _SPACES: dict[str, Any] = {
     "torch.Tensor": Tensor,
     "torch.special": torch.special,
 }
-_ALIASES = {"sigmoid": ("expit",), "logsigmoid": ("log_sigmoid",), "log_sigmoid": ("logsigmoid",)}
+_ALIASES = {"sigmoid": ("expit",)}
 
 
 def _functions() -> dict[Any, _Function]:
