@@ -4,10 +4,23 @@ from fastact._build import build_info, check
 
 check()
 
-from fastact import _transforms, activations, autograd, compiler, functional, memory, modules  # noqa: E402
+from fastact import _transforms, activations, autograd, compiler, functional, memory, modules, swap  # noqa: E402
 from fastact.activations import *  # noqa: E402, F403
+from fastact.swap import functional_patch, patch, unpatch  # noqa: E402
 
 _transforms.register_all()
 
 __version__ = "0.1.0"
-__all__ = ["autograd", "build_info", "compiler", "functional", "memory", "modules", *activations.__all__]
+__all__ = [
+    "autograd",
+    "build_info",
+    "compiler",
+    "functional",
+    "functional_patch",
+    "memory",
+    "modules",
+    "patch",
+    "swap",
+    "unpatch",
+    *activations.__all__,
+]

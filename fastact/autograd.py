@@ -23,7 +23,7 @@ def _make(row: _registry.Row) -> type[torch.autograd.Function]:
         ctx.parameters = parameters + defaults[len(parameters) :]
         ctx.inputs = 1 + len(parameters)
         y = row.op(x, *ctx.parameters)
-        ctx.save_for_backward(x if defaults and row.saves_input(*ctx.parameters) else y)
+        ctx.save_for_backward(x if not row.along_dim and row.saves_input(*ctx.parameters) else y)
         return y
 
     def backward(ctx: Any, dy: Tensor) -> Any:

@@ -4,17 +4,18 @@ property.
 `pytest --device cuda` runs the suite on a GPU: every tensor that a test makes without naming a device lies there. What is about
 the CPU alone says so by the mark `cpu_only`, or by its file in CPU_ONLY_FILES, and is skipped with that reason.
 
-A parameter called `row`, `any_row` or `dtype` runs over all of them; `isa` runs over the instruction sets this CPU has and
-puts the best one back (on a GPU there is nothing to run over). A randomly drawn input comes from the `generator` fixture, whose
-seed a failure prints; FASTACT_TEST_SEED sets it.
+A parameter called `row`, `any_row` or `dtype` runs over all of them, `public_row` over those with a function of their own;
+`isa` runs over the instruction sets this CPU has and puts the best one back (on a GPU there is nothing
+to run over). A randomly drawn input comes from the `generator` fixture, whose seed a failure prints; FASTACT_TEST_SEED sets it.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -58,12 +59,28 @@ REFERENCE_ERROR = {"hardsigmoid": 2.0**-24}
 # Plain torch whose derivatives can be taken again, where those of the reference cannot.
 SMOOTH_REFERENCE = {"hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6}
 
+
+def smooth_reference(row: _registry.Row) -> Callable[..., Tensor]:
+    return SMOOTH_REFERENCE.get(row.name, row.reference)
+
+
 INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # by size in bytes
+
+
+# Where those would say little: a threshold below 20 saves the input, and leaves a step in the function.
+EXTRA_PARAMETERS_OF = {"softplus": [(2.5, 20.0), (-1.0, 30.0), (0.5, 10.0)]}
 
 
 def parameter_sets(row: _registry.Row) -> list[tuple[float, ...]]:
     """The defaults, then values that try every branch."""
-    return [tuple(row.parameters.values()), *EXTRA_PARAMETERS[len(row.parameters)]]
+    return [tuple(row.parameters.values()), *EXTRA_PARAMETERS_OF.get(row.name, EXTRA_PARAMETERS[len(row.parameters)])]
+
+
+def module_class(row: _registry.Row) -> Callable[..., torch.nn.Module]:
+    """What makes the module of a row, which may share it with another row."""
+    if row.name in _registry.precise:
+        return functools.partial(getattr(fastact, row.class_name.removeprefix("Precise")), precise_grad=True)
+    return getattr(fastact, row.class_name)
 
 
 def bits(t: Tensor) -> Tensor:
@@ -134,6 +151,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("row", ELEMENTWISE, ids=lambda row: row.name)
     if "any_row" in metafunc.fixturenames:
         metafunc.parametrize("any_row", ALL_ROWS, ids=lambda row: row.name)
+    if "public_row" in metafunc.fixturenames:
+        metafunc.parametrize("public_row", PUBLIC_ROWS, ids=lambda row: row.name)
     if "dtype" in metafunc.fixturenames:
         metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
     if "isa" in metafunc.fixturenames:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ALL_ROWS, DEVICE, ELEMENTWISE
+from conftest import DEVICE, ELEMENTWISE, PUBLIC_ELEMENTWISE, PUBLIC_ROWS
 from torch import Tensor
 
 import fastact
@@ -219,16 +219,17 @@ def cases() -> list[Case]:
     def look_first(f: Callable[..., Any], x: Any) -> Any:
         return (torch.softmax if f is F.softmax else f)(x, -1)
 
-    softmax = ALL_ROWS[-1]
-    for row in ALL_ROWS:
+    softmax = PUBLIC_ROWS[-1]
+    for row in PUBLIC_ROWS:
         names = ["dim", "dtype"] if row is softmax else list(row.parameters)
         for kind, make in WRONG_INPUTS.items():
             call = look_first if row is softmax else call_plainly(row)
             error = None if row.name in TWINS else TypeError  # a formula multiplies whatever can be multiplied
             add(f"{kind} as x", row, call, make, error=error, words=f"{row.name}.*argument 'x' .*must be Tensor, not ")
         for kind, make in ODD_TENSORS.items():
-            # Softmax keeps the layout of a dense tensor; torch's result is contiguous.
-            add(kind, row, call_plainly(row), make, strides=row is not softmax or "transposed" not in kind)
+            # These keep the layout of a dense tensor; torch's result is contiguous.
+            contiguous = row.along_dim or row.name == "log_sigmoid"
+            add(kind, row, call_plainly(row), make, strides=not contiguous or "transposed" not in kind)
 
         add("no arguments", row, lambda f, x: f(), error=TypeError, words="missing .*'x'")
         add("no x", row, lambda f, x, names=names: f(**{name: 0 for name in names}), error=TypeError, words="'x'|unexpected")
@@ -243,7 +244,7 @@ def cases() -> list[Case]:
             call = lambda f, x, name=name, names=names: f(x, *(1 for _ in names), **{name: 1})  # noqa: E731
             add(f"{name} twice", row, call, error=TypeError, words=f"multiple values for argument '{name}'")
 
-    for row in ELEMENTWISE:
+    for row in PUBLIC_ELEMENTWISE:
         for name in row.parameters:
             for kind, value in WRONG_PARAMETERS.items():
                 call = lambda f, x, name=name, value=value: f(x, **{name: value()})  # noqa: E731
@@ -251,7 +252,7 @@ def cases() -> list[Case]:
             if row.name in TWINS:  # a limit of torch's numbers: that of 64 bits
                 add(f"2**64 as {name}", row, lambda f, x, name=name: f(x, **{name: 2**64}))
 
-    for row in (row for row in ELEMENTWISE if "inplace" in row.function.__text_signature__):
+    for row in (row for row in PUBLIC_ELEMENTWISE if "inplace" in row.function.__text_signature__):
         ones = tuple(row.parameters.values())
         for kind, value in {"1": 1, "str": "yes", "None": None, "tensor": torch.tensor(True), "list": []}.items():
             add(f"{kind} as inplace", row, lambda f, x, v=value, ones=ones: f(x, *ones, v))

@@ -23,8 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Cudagraphs:UserWarning"),
 ]
 
-public_row = pytest.mark.parametrize("row_", PUBLIC_ROWS, ids=lambda row: row.name)
-
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
@@ -56,13 +54,12 @@ def graph_of(f: Callable[..., Any], *args: Tensor) -> list[str]:
     return operators(graph)
 
 
-@public_row
-def test_traces_as_plain_torch(row_: _registry.Row) -> None:
+def test_traces_as_plain_torch(public_row: _registry.Row) -> None:
     """What Inductor gets is what it would get of torch's own function: so it fuses as it would, and is as fast."""
     x = torch.randn(3, 4)
-    for given in calls(row_):
-        plain = graph_of(lambda t, given=given: row_.reference(t, **given), x)
-        assert graph_of(lambda t, given=given: row_.function(t, **given), x) == plain
+    for given in calls(public_row):
+        plain = graph_of(lambda t, given=given: public_row.reference(t, **given), x)
+        assert graph_of(lambda t, given=given: public_row.function(t, **given), x) == plain
         assert not [name for name in plain if "fastact" in name]
 
 
@@ -81,19 +78,18 @@ def test_modules_trace_as_their_twins() -> None:
     assert graph_of(models(fastact), x) == graph_of(models(nn), x)
 
 
-@public_row
-def test_compiles_once(row_: _registry.Row) -> None:
-    given = calls(row_)[0]
+def test_compiles_once(public_row: _registry.Row) -> None:
+    given = calls(public_row)[0]
     counter = CompileCounter()
-    compiled = torch.compile(lambda t: row_.function(t, **given) * 2, backend=counter, fullgraph=True)
+    compiled = torch.compile(lambda t: public_row.function(t, **given) * 2, backend=counter, fullgraph=True)
     for _ in range(4):
         compiled(torch.randn(3, 4))
     assert counter.frame_count == 1
     counter = CompileCounter()
-    compiled = torch.compile(lambda t: row_.function(t, **given) * 2, backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(lambda t: public_row.function(t, **given) * 2, backend=counter, fullgraph=True, dynamic=True)
     for n in range(3, 9):
         x = torch.randn(n, n + 4)
-        assert torch.equal(compiled(x), row_.reference(x, **given) * 2)
+        assert torch.equal(compiled(x), public_row.reference(x, **given) * 2)
     assert counter.frame_count == 1
 
 
@@ -119,15 +115,14 @@ def test_inductor(options: dict[str, Any], generator: torch.Generator) -> None:
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
-@public_row
-def test_opaque_keeps_the_kernel(row_: _registry.Row) -> None:
+def test_opaque_keeps_the_kernel(public_row: _registry.Row) -> None:
     x = torch.randn(3, 4)
-    for given in calls(row_):
-        with fastact.compiler.opaque(row_.name):
-            names = graph_of(lambda t, given=given: row_.function(t, **given), x)
-            expected = _registry.precise["precise_" + row_.name] if given.get("precise_grad") else row_
+    for given in calls(public_row):
+        with fastact.compiler.opaque(public_row.name):
+            names = graph_of(lambda t, given=given: public_row.function(t, **given), x)
+            expected = _registry.precise["precise_" + public_row.name] if given.get("precise_grad") else public_row
             assert [name for name in names if "fastact" in name] == [f"fastact.{expected.name}.default"]
-            other = next(row for row in PUBLIC_ROWS if row is not row_)
+            other = next(row for row in PUBLIC_ROWS if row is not public_row)
             assert "fastact" not in str(graph_of(lambda t, other=other: other.function(t, **calls(other)[0]), x))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALL_ROWS, SMOOTH_REFERENCE, parameter_sets
+from conftest import ALL_ROWS, parameter_sets, smooth_reference
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
@@ -63,7 +63,7 @@ def test_transform(any_row: _registry.Row, transform: str, generator: torch.Gene
     x = torch.randn(3, 4, 5, dtype=torch.float64, generator=generator)
     make = TRANSFORMS[transform]
     for values in calls(any_row):
-        reference = SMOOTH_REFERENCE.get(any_row.name, any_row.reference)
+        reference = smooth_reference(any_row)
         expected = make(lambda t, values=values, reference=reference: reference(t, *values), x)
         actual = make(lambda t, values=values: any_row.function(t, *values), x)
         # Sums of products of a few numbers, each good to some 2^-50; relative to a value of about 1.

@@ -43,6 +43,11 @@ inline Term operator/(const Term& a, const Term& b) {
   return a.tensor.defined() ? Term{a.tensor / b.tensor} : Term{b.tensor.reciprocal() * a.constant};
 }
 
+/// a * b with its shape and its NaN, whatever b is.
+inline Term product(const Term& a, const Term& b) {
+  return a.tensor.defined() && b.is(0) ? Term{a.tensor * 0} : b.tensor.defined() && a.is(0) ? Term{b.tensor * 0} : a * b;
+}
+
 /// A value and its derivative in one direction, with the words of lane.h.
 struct TensorLane {
   using Element = double;
@@ -55,7 +60,7 @@ struct TensorLane {
   friend TensorLane operator+(const TensorLane& a, const TensorLane& b) { return {a.value + b.value, a.tangent + b.tangent}; }
   friend TensorLane operator-(const TensorLane& a, const TensorLane& b) { return {a.value - b.value, a.tangent - b.tangent}; }
   friend TensorLane operator*(const TensorLane& a, const TensorLane& b) {
-    return {a.value * b.value, a.tangent * b.value + a.value * b.tangent};
+    return {product(a.value, b.value), a.tangent * b.value + a.value * b.tangent};
   }
   friend TensorLane operator/(const TensorLane& a, const TensorLane& b) {
     const Term q = a.value / b.value;
