@@ -33,6 +33,18 @@ struct ElementOf<double> {
   using type = double;
 };
 
+/// The bit pattern of sqrt(1/2).
+template <class T>
+struct HalfRoot;
+template <>
+struct HalfRoot<float> {
+  static constexpr unsigned bits = 0x3f3504f3;
+};
+template <>
+struct HalfRoot<double> {
+  static constexpr unsigned long long bits = 0x3fe6a09e667f3bcd;
+};
+
 // ---- Words every lane type defines for itself; here for the scalars. -----------------------------------------------
 
 /// a where the condition holds, else b.
@@ -93,6 +105,18 @@ FASTACT_FN double bits_difference(double a, double b) {
   return a;
 }
 
+/// The integral n for which s 2^-n lies from sqrt(1/2) to sqrt(2), for s of 1 or more.
+FASTACT_FN float exponent(float s) {
+  unsigned bits;
+  __builtin_memcpy(&bits, &s, sizeof bits);
+  return float(int((bits - HalfRoot<float>::bits) >> 23));
+}
+FASTACT_FN double exponent(double s) {
+  unsigned long long bits;
+  __builtin_memcpy(&bits, &s, sizeof bits);
+  return double(int((bits - HalfRoot<double>::bits) >> 52));
+}
+
 /// Whether a < b in any lane: for a rare case that would slow down the common one.
 FASTACT_FN bool any_less(float a, float b) { return a < b; }
 FASTACT_FN bool any_less(double a, double b) { return a < b; }
@@ -109,11 +133,14 @@ FASTACT_FN V polynomial(V u, T c, Rest... rest) {
   return fma(polynomial(u, rest...), u, V(c));
 }
 
+constexpr double kInfinity = __builtin_inf();
+
 template <class T>
 struct Constants;
 
 template <>
 struct Constants<float> {
+  static constexpr float largest = 0x1.fffffep+127f;
   static constexpr float log2_e = 0x1.715476p+0f;
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   // Adding it rounds to the nearest integer, and leaves that, with the bias of an exponent, in the low bits of the sum.
@@ -138,10 +165,16 @@ struct Constants<float> {
   FASTACT_FN static V tanh_tail(V z) {
     return polynomial(z, -0x1.555556p-2f, 0x1.1110ccp-3f, -0x1.b9fef6p-5f, 0x1.64259p-6f, -0x1.0e95e2p-7f, 0x1.218a7p-9f);
   }
+  /// (log m - 2 z) / z^3 of w = z^2, with z = (m - 1) / (m + 1), for m from sqrt(1/2) to sqrt(2): degree 2, 2^-30.2 of log m.
+  template <class V>
+  FASTACT_FN static V log_tail(V w) {
+    return polynomial(w, 0x1.55557ap-1f, 0x1.995edp-2f, 0x1.31e0ep-2f);
+  }
 };
 
 template <>
 struct Constants<double> {
+  static constexpr double largest = 0x1.fffffffffffffp+1023;
   static constexpr double log2_e = 0x1.71547652b82fep+0;
   static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
   static constexpr double round_bias = 0x1.8p52 + 1023;
@@ -165,6 +198,12 @@ struct Constants<double> {
     return polynomial(z, -0x1.5555555555555p-2, 0x1.1111111110f5cp-3, -0x1.ba1ba1b9f2c2fp-5, 0x1.664f4876a3f33p-6,
                       -0x1.226e336eb214ap-7, 0x1.d6d36fc4ebc73p-9, -0x1.7d9d2b2445a88p-10, 0x1.35130648b449ep-11,
                       -0x1.f16054e5be311p-13, 0x1.8117c551bcba4p-14, -0x1.fe7e6387a9dd5p-16, 0x1.9c3187dedd74cp-18);
+  }
+  /// Degree 6, 2^-59.3 of log m.
+  template <class V>
+  FASTACT_FN static V log_tail(V w) {
+    return polynomial(w, 0x1.5555555555592p-1, 0x1.999999997fee5p-2, 0x1.24924941e0ee9p-2, 0x1.c71c52162ded6p-3,
+                      0x1.74663c5920a5fp-3, 0x1.39a1fb1613a5p-3, 0x1.2f02eab24fb07p-3);
   }
 };
 
@@ -230,6 +269,16 @@ FASTACT_FN V expm1_nonpositive(V x) {
   const V tail = fma(a.r * C::expm1_tail(a.r), a.r, a.r);
   const V power = a.scaled(V(1));
   return select(a.n == V(0), tail, fma(power, tail, power - 1));
+}
+
+/// log s for s from 1 to 2^40, such as the sum of the terms of a row. Max error 2.0 ULP, also near 1; NaN for NaN.
+template <class V>
+FASTACT_FN V log_of_sum(V s) {
+  using C = Constants<typename ElementOf<V>::type>;
+  const V n = exponent(s);
+  const V m = scale2(s, -n, C::round_bias - n);
+  const V z = (m - 1) / (m + 1), w = z * z;
+  return fma(n, V(C::ln2_high), fma(n, V(C::ln2_low), fma(z * w, C::log_tail(w), 2 * z)));
 }
 
 /// tanh a for a >= 0: 1 - 2 / (1 + e^(2a)) above 0.625, a + a^3 P(a^2) below.

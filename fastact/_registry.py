@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -18,37 +19,48 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Row:
-    """One activation. `function` and `reference` have the same signature; the ops take the float parameters only."""
+    """One activation. `function` and `reference` have the same signature; the ops take the parameters only.
+
+    Of those along a dim, the ops take dim first, and the backward op the first of the parameters only.
+    """
 
     name: str  # of the function and the op: "leaky_relu"
     class_name: str  # of the module and the autograd Function: "LeakyReLU"
-    parameters: dict[str, float]  # names and defaults, in order
+    parameters: dict[str, float]  # of the op: names and defaults, in order
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     ulp: float | None  # promised error of float32 and float64 results, in units of the last place
 
     @property
     def op(self) -> Any:
-        """`torch.ops.fastact.<name>(x, *parameters)`; softmax: `(x, dim)`."""
+        """`torch.ops.fastact.<name>(x, *parameters)`; along a dim: `(x, dim, *parameters)`."""
         return getattr(torch.ops.fastact, self.name)
 
     @property
     def backward_op(self) -> Any:
-        """`torch.ops.fastact.<name>_backward(dy, saved, *parameters)`; softmax: `(dy, y, dim)`."""
+        """`torch.ops.fastact.<name>_backward(dy, saved, *parameters)`; along a dim: `(dy, y, dim, ...)`."""
         return getattr(torch.ops.fastact, self.name + "_backward")
+
+    @property
+    def backward_arguments(self) -> int:
+        """How many arguments the backward op takes after the two tensors."""
+        return len(self.backward_op.default._schema.arguments) - 2
 
     def saves_input(self, *parameters: float) -> bool:
         """Whether `saved` is the input, for these parameters; else it is the output."""
+        if self.name in along_dim:
+            return False
         values = [*parameters, *list(self.parameters.values())[len(parameters) :]]
         return _C.saves_input(self.name, values)
 
 
 _functors = {name: (functor, parameters) for name, functor, parameters in _C.rows()}
+_functors_along_dim = dict(_C.rows_along_dim())
 
-# Filled by fastact.activations: every row by name; those of elementwise activations; the one that is not.
+# Filled by fastact.activations: every row by name; those of elementwise activations; softmax and its relatives.
 rows: dict[str, Row] = {}
 elementwise: dict[str, Row] = {}
-softmax: Row
+along_dim: dict[str, Row] = {}
 
 
 def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
@@ -63,8 +75,8 @@ def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable
         name = reference.__name__
         signature = inspect.signature(reference)
         arguments = list(signature.parameters)
-        names = ("dim", "dtype") if name == "softmax" else _functors[name][1]
-        defaults = {} if name == "softmax" else {k: float(signature.parameters[k].default) for k in names}
+        class_name, names = (_functors_along_dim[name], ()) if name in _functors_along_dim else _functors[name]
+        defaults = {k: float(signature.parameters[k].default) for k in names}
         head = "(" + ", ".join(str(p).split(":")[0] + _default(p) for p in signature.parameters.values()) + ")"
         doc = (inspect.getdoc(reference) or "").replace("{ulp}", f"{ulp:g}" if ulp is not None else "")
         function = _C.make_function(
@@ -74,15 +86,17 @@ def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable
             list(defaults.values()),
             "inplace" in arguments,
             f"{name}{head}\n--\n\n{doc}",
-            _softmax_dim,
+            functools.partial(checked_dim, name),
         )
-        class_name = "Softmax" if name == "softmax" else _functors[name][0]
-        row = rows[name] = Row(name, class_name, defaults, function, reference, ulp)
-        if name == "softmax":
-            global softmax
-            softmax = row
+        if name in _functors_along_dim:
+            # As its op has them: after x and dim, with defaults.
+            rest = getattr(torch.ops.fastact, name).default._schema.arguments[2:]
+            row = along_dim[name] = Row(
+                name, class_name, {a.name: a.default_value for a in rest}, function, reference, ulp
+            )
         else:
-            elementwise[name] = row
+            row = elementwise[name] = Row(name, class_name, defaults, function, reference, ulp)
+        rows[name] = row
         return function
 
     return decorate
@@ -92,16 +106,17 @@ def _default(parameter: inspect.Parameter) -> str:
     return "" if parameter.default is parameter.empty or ":" not in str(parameter) else f"={parameter.default!r}"
 
 
-def _softmax_dim(dim: int | None, rank: int) -> int:
-    """What softmax has to say about its dim: called from C for a dim that is missing, or that has one element."""
+def checked_dim(name: str, dim: int | None, rank: int) -> int:
+    """What softmax or a relative has to say about its dim: called from C for a dim that is missing, or that has one element."""
     if dim is None:
         warnings.warn(
-            "Implicit dimension choice for softmax has been deprecated. Change the call to include dim=X as an argument.",
+            f"Implicit dimension choice for {name} has been deprecated. Change the call to include dim=X as an argument.",
             stacklevel=2,
         )
         return 0 if rank in (0, 1, 3) else 1
+    always = along_dim[name].reference(torch.zeros(1), 0).item()
     warnings.warn(
-        f"softmax over dim {dim}, which has one element: the result is always 1 and its gradient always 0. "
+        f"{name} over dim {dim}, which has one element: the result is always {always:g} and its gradient always 0. "
         "A binary classifier with one output unit wants a sigmoid. (This is said once.)",
         stacklevel=2,
     )

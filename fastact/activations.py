@@ -21,15 +21,19 @@ What holds for every function here:
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastact._registry import activation
+from fastact._registry import activation, checked_dim
 
 __all__ = [
     "ELU",
     "LeakyReLU",
+    "LogSoftmax",
     "ReLU",
     "ScaledSigmoid",
     "Sigmoid",
@@ -37,6 +41,7 @@ __all__ = [
     "Tanh",
     "elu",
     "leaky_relu",
+    "log_softmax",
     "relu",
     "scaled_sigmoid",
     "sigmoid",
@@ -159,19 +164,92 @@ class ELU(nn.ELU):
 
 
 @activation(ulp=None)
-def softmax(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """exp(x - m) / sum(exp(x - m)) along `dim`, with m the maximum: `torch.nn.functional.softmax`.
+def softmax(
+    x: Tensor,
+    dim: int | None = None,
+    dtype: torch.dtype | None = None,
+    temperature: float | Tensor = 1.0,
+    masked_rows: str = "nan",
+) -> Tensor:
+    """exp((x - m) / temperature) / sum(exp((x - m) / temperature)) along `dim`, with m the maximum:
+    `torch.nn.functional.softmax` of x / temperature, in one kernel.
 
-    Gradient: y (dy - sum(dy y)). Shape: that of x; dtype: `dtype` if given, to which x is cast first, else that of x.
-    A row that is all -inf, or holds NaN or +inf, is NaN. Terms exp(x - m) below the smallest normal number count as 0. The sum
-    does not depend on layout or threads. Without `dim`, torch's choice is made with torch's warning. Over a dimension of one
-    element the result is always 1 and the gradient 0: warns, once. Raises `IndexError` for a dim out of range.
+    Gradient: y (dy - sum(dy y)) / temperature. Shape: that of x; dtype: `dtype` if given, to which x is cast first, else that
+    of x. A row that is all -inf, or holds NaN or +inf, is NaN; with `masked_rows="zero"`, one that is all -inf is 0, and so is
+    its gradient. Terms below the smallest normal number count as 0. The sum does not depend on layout or threads. Without
+    `dim`, torch's choice is made with torch's warning. Over a dimension of one element the result is always 1 and the gradient
+    0: warns, once. `temperature` may be a tensor, to which gradients flow: the definition is then computed in plain torch.
+    Error: of a result y, at most 8 units (2^-24 of y in float32, 2^-53 in float64) for the arithmetic, one for every distance of
+    1 from the maximum, three with a temperature, both of this element and on average; and one for every addition that an element
+    meets, at most 24. Raises `IndexError` for a dim out of range, `ValueError` for another `masked_rows`, and for a temperature
+    that is no number from 2^-126 to 2^126.
     """
-    return F.softmax(x, dim, dtype=dtype)
+    if masked_rows not in ("nan", "zero"):
+        raise ValueError(f"softmax(): masked_rows must be 'nan' or 'zero', not {masked_rows!r}")
+    if isinstance(temperature, Tensor) or temperature != 1:
+        x = _divided(x if dtype is None else x.to(dtype), temperature)
+    if masked_rows == "nan":
+        return F.softmax(x, dim, dtype=dtype)
+    if dim is None:
+        dim = checked_dim("softmax", None, x.dim())
+    masked = (x == -math.inf).all(dim, keepdim=True)
+    return F.softmax(x.masked_fill(masked, 0), dim, dtype=dtype).masked_fill(masked, 0)
+
+
+def _divided(x: Tensor, temperature: float | Tensor) -> Tensor:
+    if isinstance(temperature, Tensor):
+        # What is masked stays out of the division: the gradient of the temperature would be 0 * inf.
+        masked = x == -math.inf
+        return (x.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf)
+    if not isinstance(temperature, Real):
+        raise TypeError(f"softmax(): argument 'temperature' (position 4) must be Number, not {type(temperature).__name__}")
+    if not 2.0**-126 <= temperature <= 2.0**126:
+        raise ValueError(f"softmax(): temperature must be a number from 2^-126 to 2^126, not {temperature}")
+    return x / temperature
 
 
 class Softmax(nn.Softmax):
-    """`fastact.softmax` as a module: the twin of `torch.nn.Softmax(dim=None)`. Shape: any; the output has the input's."""
+    """`fastact.softmax` as a module: the twin of `torch.nn.Softmax(dim=None)`, with the temperature and what becomes of rows
+    that are masked altogether. Shape: any; the output has the input's.
+
+    The temperature is a number: one that is learned is a parameter of another module, which calls `fastact.softmax` with it.
+    """
+
+    # Attributes of a module only where they differ: so one without them is saved, and loads, as its twin.
+    temperature: float = 1.0
+    masked_rows: str = "nan"
+
+    def __init__(self, dim: int | None = None, temperature: float = 1.0, masked_rows: str = "nan") -> None:
+        super().__init__(dim)
+        if isinstance(temperature, Tensor):
+            raise TypeError("Softmax(): temperature must be a number, not a tensor; fastact.softmax takes tensors")
+        if temperature != 1:
+            self.temperature = temperature
+        if masked_rows != "nan":
+            self.masked_rows = masked_rows
 
     def forward(self, input: Tensor) -> Tensor:
-        return softmax(input, self.dim)
+        return softmax(input, self.dim, None, self.temperature, self.masked_rows)
+
+    def extra_repr(self) -> str:
+        others = [f"{name}={vars(self)[name]!r}" for name in ("temperature", "masked_rows") if name in vars(self)]
+        return ", ".join([super().extra_repr(), *others])
+
+
+@activation(ulp=None)
+def log_softmax(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """x - m - log(sum(exp(x - m))) along `dim`, with m the maximum: `torch.nn.functional.log_softmax`.
+
+    Gradient: dy - exp(y) sum(dy). Shape: that of x; dtype: `dtype` if given, to which x is cast first, else that of x.
+    A row that is all -inf, or holds NaN or +inf, is NaN; -inf beside finite numbers stays -inf. The sum does not depend on
+    layout or threads. Without `dim`, torch's choice is made with torch's warning. Over a dimension of one element the result is
+    always 0 and the gradient 0: warns, once. Raises `IndexError` for a dim out of range.
+    """
+    return F.log_softmax(x, dim, dtype=dtype)
+
+
+class LogSoftmax(nn.LogSoftmax):
+    """`fastact.log_softmax` as a module: the twin of `torch.nn.LogSoftmax(dim=None)`. Shape: any; the output has the input's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return log_softmax(input, self.dim)

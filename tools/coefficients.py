@@ -62,7 +62,20 @@ def tanh_weight(z: mp.mpf) -> mp.mpf:
     return mp.mpf(1) if z == 0 else z / (mp.tanh(mp.sqrt(z)) / mp.sqrt(z))
 
 
+ATANH = [mp.mpf(2) / (2 * k + 3) for k in range(24)]
+
+
+def log_tail(w: mp.mpf) -> mp.mpf:
+    return series(lambda u: (2 * mp.atanh(mp.sqrt(u)) / mp.sqrt(u) - 2) / u, ATANH, w)
+
+
+def log_weight(w: mp.mpf) -> mp.mpf:
+    return mp.mpf(0) if w == 0 else w / (2 * mp.atanh(mp.sqrt(w)) / mp.sqrt(w))
+
+
 HALF = LN2 / 2 * mp.mpf("1.0005")  # rounding x / ln 2 may miss the nearest integer by a little
+# z = (m - 1) / (m + 1) for m from sqrt(1/2) to sqrt(2).
+LOG_END = (3 - 2 * mp.sqrt(2)) ** 2
 FITS = [
     Fit("exp2_tail", "(2^f - 1) / f of f", exp2_tail, lambda f: f / 2**f, -HALF / LN2, HALF / LN2, 4, "float"),
     # exp: relative to exp(r) itself, because the 1 is added before the result is scaled. (double uses expm1's table.)
@@ -92,6 +105,8 @@ FITS = [
     Fit(
         "tanh_tail<double>", "(tanh x - x) / x^3 of x^2", tanh_tail, tanh_weight, mp.mpf(0), mp.mpf("0.625") ** 2, 11, "double"
     ),
+    Fit("log_tail<float>", "(log m - 2 z) / z^3 of z^2", log_tail, log_weight, mp.mpf(0), LOG_END, 2, "float"),
+    Fit("log_tail<double>", "(log m - 2 z) / z^3 of z^2", log_tail, log_weight, mp.mpf(0), LOG_END, 6, "double"),
 ]
 
 
