@@ -27,6 +27,9 @@ constexpr int kSumLanes = 64;
 template <class T>
 constexpr int kSumBlock = 4096 / int(sizeof(T));
 
+template <class V>
+struct SoftmaxAtOne;
+
 /// y_j = e_j / s, e_j = exp((x_j - m) / temperature), s = sum e_j       dx_j = y_j (dy_j - d) / temperature, d = sum dy_j y_j
 ///
 /// With masked_zero, m is at least the lowest finite number: in a row of -inf all terms are then 0, and so is the row.
@@ -34,10 +37,14 @@ template <class V>
 struct Softmax {
   /// Whether it takes a temperature and masked_zero.
   static constexpr bool tempered = true;
+  template <class U>
+  using AtOne = SoftmaxAtOne<U>;
   /// Whether y is made of the terms; else of x.
   static constexpr bool keeps_terms = true;
   /// Whether its Jacobian is symmetric, so that backward(t, y) is the derivative in the direction of t too.
   static constexpr bool symmetric = true;
+  /// Whether the factor of one row is quicker to compute as a number than as a vector.
+  static constexpr bool scalar_factor = true;
 
   V scale, lowest;
   FASTACT_FN explicit Softmax(SoftmaxOptions o)
@@ -49,8 +56,8 @@ struct Softmax {
   /// What a row's maximum is at least.
   FASTACT_FN V least() const { return lowest; }
   FASTACT_FN V term(V x, V maximum) const { return exp_nonpositive((x - maximum) * scale); }
-  /// Of the sum of a row, what all its elements need.
-  FASTACT_FN static V factor(V sum) { return select(sum == V(0), V(0), 1 / sum); }
+  /// Of the sum of a row, what all its elements need. The sum is 1 or more, or NaN; or 0, where the terms are 0 too.
+  FASTACT_FN static V factor(V sum) { return 1 / max(V(1), sum); }
   FASTACT_FN V forward(V term, V, V factor) const { return term * factor; }
 
   FASTACT_FN static V product(V dy, V y) { return dy * y; }
@@ -58,10 +65,23 @@ struct Softmax {
   FASTACT_FN V backward(V dy, V y, V dot) const { return y * (dy - dot) * scale; }
 };
 
+/// The same at a temperature of 1, for loops to which a multiplication counts.
+template <class V>
+struct SoftmaxAtOne : Softmax<V> {
+  static constexpr bool tempered = false;
+
+  FASTACT_FN explicit SoftmaxAtOne(SoftmaxOptions o) : Softmax<V>(o) {}
+  template <class U>
+  FASTACT_FN explicit SoftmaxAtOne(const SoftmaxAtOne<U>& f) : Softmax<V>(f) {}
+
+  FASTACT_FN static V term(V x, V maximum) { return exp_nonpositive(x - maximum); }
+  FASTACT_FN static V backward(V dy, V y, V dot) { return y * (dy - dot); }
+};
+
 /// y_j = x_j - m - log s, e_j = exp(x_j - m), s = sum e_j               dx_j = dy_j - exp(y_j) d, d = sum dy_j
 template <class V>
 struct LogSoftmax {
-  static constexpr bool tempered = false, keeps_terms = false, symmetric = false;
+  static constexpr bool tempered = false, keeps_terms = false, symmetric = false, scalar_factor = false;
 
   FASTACT_FN explicit LogSoftmax(SoftmaxOptions) {}
   template <class U>

@@ -238,7 +238,11 @@ void long_rows(const S* x, S* y, int64_t n, int64_t rows, F<LaneOf<S>> f) {
       if (kept) e.write(terms + i, last);
       return e;
     });
-    const V factor = f.factor(V(double(sum)));
+    V factor;
+    if constexpr (F<V>::scalar_factor)
+      factor = V(double(F<T>::factor(sum)));
+    else
+      factor = f.factor(V(double(sum)));
     RowMaximum<V> following(f.least());
     const S* next = row + 1 < rows ? x + n : x;
     each_chunk<V>(0, n, [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
@@ -638,9 +642,12 @@ void columns_backward(const S* dy, const S* y, S* dx, SoftmaxShape s, int64_t be
 
 template <template <class> class F, class S>
 void softmax_forward(const void* x_, void* y_, SoftmaxShape s, SoftmaxOptions options, int64_t begin, int64_t end) {
+  using V = LaneOf<S>;
+  if constexpr (F<V>::tempered) {
+    if (options.temperature == 1) return softmax_forward<F<V>::template AtOne, S>(x_, y_, s, options, begin, end);
+  }
   const S* x = static_cast<const S*>(x_);
   S* y = static_cast<S*>(y_);
-  using V = LaneOf<S>;
   const F<V> f(options);
   if (s.inner > 1) {
     const int64_t all = s.outer * s.inner;
@@ -657,10 +664,13 @@ void softmax_forward(const void* x_, void* y_, SoftmaxShape s, SoftmaxOptions op
 template <template <class> class F, class S>
 void softmax_backward(const void* dy_, const void* y_, void* dx_, SoftmaxShape s, SoftmaxOptions options, int64_t begin,
                       int64_t end) {
+  using V = LaneOf<S>;
+  if constexpr (F<V>::tempered) {
+    if (options.temperature == 1) return softmax_backward<F<V>::template AtOne, S>(dy_, y_, dx_, s, options, begin, end);
+  }
   const S* dy = static_cast<const S*>(dy_);
   const S* y = static_cast<const S*>(y_);
   S* dx = static_cast<S*>(dx_);
-  using V = LaneOf<S>;
   const F<V> f(options);
   if (s.inner > 1) {
     const int64_t all = s.outer * s.inner;
