@@ -91,9 +91,7 @@ def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable
         if name in _functors_along_dim:
             # As its op has them: after x and dim, with defaults.
             rest = getattr(torch.ops.fastact, name).default._schema.arguments[2:]
-            row = along_dim[name] = Row(
-                name, class_name, {a.name: a.default_value for a in rest}, function, reference, ulp
-            )
+            row = along_dim[name] = Row(name, class_name, {a.name: a.default_value for a in rest}, function, reference, ulp)
         else:
             row = elementwise[name] = Row(name, class_name, defaults, function, reference, ulp)
         rows[name] = row

@@ -179,9 +179,10 @@ def softmax(
     its gradient. Terms below the smallest normal number count as 0. The sum does not depend on layout or threads. Without
     `dim`, torch's choice is made with torch's warning. Over a dimension of one element the result is always 1 and the gradient
     0: warns, once. `temperature` may be a tensor, to which gradients flow: the definition is then computed in plain torch.
-    Error: of a result y, at most 8 units (2^-24 of y in float32, 2^-53 in float64) for the arithmetic, one for every distance of
-    1 from the maximum, three with a temperature, both of this element and on average; and one for every addition that an element
-    meets, at most 24. Raises `IndexError` for a dim out of range, `ValueError` for another `masked_rows`, and for a temperature
+    Error: in units of 2^-24 y in float32, 2^-53 y in float64, at most 8 for the arithmetic; one for every addition that an
+    element meets, at most 22 in float32; and one, with a temperature three, for each 1 of distance from the maximum (of
+    x / temperature), both of this element and on the average of the row, by weight. Raises `IndexError` for a dim out of range,
+    `ValueError` for another `masked_rows`, and for a temperature
     that is no number from 2^-126 to 2^126.
     """
     if masked_rows not in ("nan", "zero"):
@@ -249,7 +250,7 @@ def log_softmax(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = N
 
 
 class LogSoftmax(nn.LogSoftmax):
-    """`fastact.log_softmax` as a module: the twin of `torch.nn.LogSoftmax(dim=None)`. Shape: any; the output has the input's."""
+    """`fastact.log_softmax` as a module: the twin of `torch.nn.LogSoftmax(dim=None)`. Shape: any; that of the input."""
 
     def forward(self, input: Tensor) -> Tensor:
         return log_softmax(input, self.dim)
