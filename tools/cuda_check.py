@@ -74,8 +74,10 @@ class Kernel:
         if not match or match[3] == "1":
             return 0, 0
         packs = int(match[4]) // int(match[3]) if match[2] == "rows" else int(match[4])
-        # The first of two passes over a long row only sums.
-        return packs * (2 if match[1] else 1), 0 if self.name.endswith(" part>") else packs
+        # The first of two passes over a long row only sums, for which LogSoftmax has no use for y.
+        part = self.name.endswith(" part>")
+        inputs = 2 if match[1] and not (part and "<LogSoftmax" in self.name) else 1
+        return packs * inputs, 0 if part else packs
 
 
 def tool(name: str) -> str | None:

@@ -395,10 +395,13 @@ void check_softmax(const Along& a) {
       // What fits into a block does not ask how large clusters are.
       if (&device == &kDevices[2] && s.length * std::min<int64_t>(s.inner, 8) < 8192) continue;
       const size_t n = size_t(s.outer * s.length * s.inner);
+      // Options meet every kernel on a device without clusters.
+      if (!a.plain() && (&device == &kDevices[2] || (&device == &kDevices[0] && n > 3000))) continue;
       // Every kind of values meets every regime; the largest shapes see two of them.
       for (int values = 0; values < kValues; ++values) {
-        if (n > 3000 && values != kNormal && values != int(k) % kValues) continue;
-        if (n <= 3000 && values != kNormal && &device != &kDevices[0]) continue;
+        const bool telling = a.options.masked_zero && values == kAllMasked;
+        if (n > 3000 && values != kNormal && values != int(k) % kValues && !telling) continue;
+        if (n <= 3000 && values != kNormal && &device != &kDevices[0] && !telling) continue;
         where = std::string(a.name) + " (" + std::to_string(s.outer) + ", " + std::to_string(s.length) + ", " +
                 std::to_string(s.inner) + ") for sm_" + std::to_string(queue.capability) + ", clusters of " +
                 std::to_string(device.most_blocks_of_cluster) + ", values " + std::to_string(values);
