@@ -187,7 +187,7 @@ def softmax(
     """
     if masked_rows not in ("nan", "zero"):
         raise ValueError(f"softmax(): masked_rows must be 'nan' or 'zero', not {masked_rows!r}")
-    if isinstance(temperature, Tensor) or temperature != 1:
+    if not isinstance(temperature, Real) or temperature != 1:
         x = _divided(x if dtype is None else x.to(dtype), temperature)
     if masked_rows == "nan":
         return F.softmax(x, dim, dtype=dtype)

@@ -130,7 +130,7 @@ def runs(driver: Path) -> dict[str, subprocess.CompletedProcess[str]]:
 
 @pytest.mark.parametrize("numbers", DTYPES)
 def test_kernels(runs: dict[str, subprocess.CompletedProcess[str]], numbers: str) -> None:
-    """Every row, elementwise and along a dim, forward and backward: right, without an overrun, and the same under every schedule."""
+    """Every row, forward and backward: right, without an overrun, and the same under every schedule."""
     done = runs[numbers]
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     print(done.stdout)
