@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ALONG_DIM, BEST_ISA, DEVICE, DTYPES, INTEGER, THREAD_COUNTS, bits, softmax_slack
 from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 
 import fastact
 from fastact._registry import Row
@@ -151,9 +152,9 @@ def exact(x: Array, member: Member, dtype: torch.dtype, across: bool = False) ->
 
 
 def log_bound(below: Array, logarithm: Array, mean_distance: Array, dtype: torch.dtype, across: bool) -> Array:
-    """Of log_softmax: x - max and the result are rounded once each, and the logarithm is good to 2.0 ULP, which is at most 4 units
-    of it. What the sum is off relatively, its logarithm is absolutely: as in forward_bound, 3 for an exponential and its part of
-    the sum, and what vanishes of each term.
+    """Of log_softmax: x - max and the result are rounded once each, and the logarithm is good to 2.0 ULP, which is at most 4
+    units of it. What the sum is off relatively, its logarithm is absolutely: as in forward_bound, 3 for an exponential and
+    its part of the sum, and what vanishes of each term.
     """
     u = UNIT[dtype]
     n = below.shape[-1]
@@ -197,11 +198,11 @@ def forward_bound(
     """What a result may be off.
 
     Rounding x - max is a relative error of |x - max| units in the term, as are the roundings of 1 / temperature and of the
-    product; so it is in each term of the sum, where terms count by their weight. 8 units more are for two exponentials (2.2 each), the reciprocal and the product, and one for every
-    addition, as if all had the same sign. Terms that vanish count as 0, and a subnormal result is off by up to one unit of
-    that range. A 16-bit type then rounds once more, so that its result is the neighbour of the exact value
-    on one side or the other. On CUDA these take an approximate exponential and reciprocal: 4 units each, and 1.5 |x - max|
-    from the product with log2(e).
+    product; so it is in each term of the sum, where terms count by their weight. 8 units more are for two exponentials (2.2
+    each), the reciprocal and the product, and one for every addition, as if all had the same sign. Terms that vanish count as
+    0, and a subnormal result is off by up to one unit of that range. A 16-bit type then rounds once more, so that its result
+    is the neighbour of the exact value on one side or the other. On CUDA these take an approximate exponential and
+    reciprocal: 4 units each, and 1.5 |x - max| from the product with log2(e).
     """
     u = UNIT[dtype]
     n = y.shape[-1]
@@ -242,8 +243,8 @@ def backward_bound(
 
 
 def log_backward_bound(dy: Array, y: Array, dtype: torch.dtype, across: bool) -> tuple[Array, Array]:
-    """Of log_softmax, dy - exp(y) sum(dy): the additions, an exponential (on CUDA of 16-bit types as in forward_bound), the product
-    and the difference. Probabilities below the normal range count as 0.
+    """Of log_softmax, dy - exp(y) sum(dy): the additions, an exponential (on CUDA of 16-bit types as in forward_bound), the
+    product and the difference. Probabilities below the normal range count as 0.
     """
     u = UNIT[dtype]
     p = np.exp(y)
@@ -452,12 +453,152 @@ def test_literal_rows(k: int, isa: str) -> None:
     assert ((single - y) / y).abs().max() <= 2.0**-24 * (x.abs().max() + 20)
 
 
+@pytest.mark.parametrize("k", range(len(LITERAL)))
+def test_literal_rows_of_log_softmax(k: int, isa: str) -> None:
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in LITERAL[k])
+    for dtype, unit in ((torch.float64, 2.0**-53), (torch.float32, 2.0**-24)):
+        error = (fastact.log_softmax(x.to(dtype), 0).double() - y.log()).abs().max()
+        # The rounding of the inputs, whose largest is 1000, and of a few steps with numbers up to 9.
+        assert error <= unit * (x.abs().max() + 40), f"{LITERAL[k][0][:4]}: off by {error}, {dtype} {isa}"
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_literal_rows_at_a_temperature(temperature: float, isa: str) -> None:
+    """exp(log(k) / T): the squares of 1 to 10, and their roots."""
+    x = torch.arange(1, 11, dtype=torch.float64).log()
+    powers = torch.arange(1, 11, dtype=torch.float64) ** (1 / temperature)
+    y = fastact.softmax(x, 0, temperature=temperature)
+    # Distances of up to log(10) / T, with three roundings each, and the rounding of x.
+    assert ((y - powers / powers.sum()) / y).abs().max() <= 2.0**-53 * 50, isa
+
+
 def test_literal_gradient(isa: str) -> None:
     """y = (1/6, 1/3, 1/2) and dy = (1, 0, 0): dx_j = y_j (dy_j - 1/6)."""
     x = torch.tensor(LITERAL[0][0], dtype=torch.float64, requires_grad=True)
     (dx,) = torch.autograd.grad(fastact.softmax(x, 0)[0], x)
     # A few roundings of numbers below 1.
     assert (dx - torch.tensor([5 / 36, -1 / 18, -1 / 12], dtype=torch.float64)).abs().max() <= 1e-15
+
+
+# ---- Temperature -----------------------------------------------------------------------------------------------------
+
+# torch itself calls it, the first time that forward mode is used.
+jit_is_deprecated = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+def ways(temperature: float, masked_rows: str, dim: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """To call softmax with its options."""
+    masked_zero = masked_rows == "zero"
+    return {
+        "function": lambda x: fastact.softmax(x, dim, temperature=temperature, masked_rows=masked_rows),
+        "by position": lambda x: fastact.softmax(x, dim, None, temperature, masked_rows),
+        "module": fastact.Softmax(dim, temperature, masked_rows),
+        "op": lambda x: softmax(x, dim, temperature, masked_zero),
+        "Function": lambda x: fastact.autograd.Softmax.apply(x, dim, temperature, masked_zero),
+    }
+
+
+@pytest.mark.parametrize("masked_rows", ["nan", "zero"])
+@pytest.mark.parametrize("temperature", [1, 0.5, 3.0])
+def test_every_way_to_call(temperature: float, masked_rows: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    x = normal((4, 9), dtype, generator).to(dtype)
+    x[2] = -math.inf
+    dy = normal((4, 9), dtype, generator).to(dtype)
+    for dim in (0, 1):
+        y = softmax(x, dim, temperature, masked_rows == "zero")
+        dx = softmax_backward(dy, y, dim, temperature)
+        for name, call in ways(temperature, masked_rows, dim).items():
+            leaf = x.clone().requires_grad_()
+            torch.testing.assert_close(call(x), y, rtol=0, atol=0, equal_nan=True, msg=name)
+            (got,) = torch.autograd.grad(call(leaf), leaf, dy)
+            torch.testing.assert_close(got, dx, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_a_temperature_of_1_changes_nothing(dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+    for shape, dim in [((70, 10), 1), ((5, 1000), 1), ((100, 70), 0)]:
+        x, dy = (normal(shape, dtype, generator).to(dtype) for _ in range(2))
+        y = softmax(x, dim)
+        what = f"softmax {dtype} {isa} {shape}"
+        for temperature in (1, 1.0, True):
+            assert_same_bits(fastact.softmax(x, dim, temperature=temperature), y, what)
+        assert_same_bits(softmax_backward(dy, y, dim, 1.0), softmax_backward(dy, y, dim), f"{what}, gradient")
+        # A power of two is divided by without a rounding, in loops that are not those of 1.
+        assert_same_bits(softmax(2 * x, dim, 2.0), y, f"{what}, of twice x at a temperature of 2")
+        doubled = softmax_backward(dy, y, dim, 0.5)
+        if dtype.itemsize > 2:  # where a subnormal result is rounded after it is doubled
+            assert_same_bits(doubled / 2, softmax_backward(dy, y, dim), f"{what}, gradient at a temperature of 1/2")
+
+
+@jit_is_deprecated
+@pytest.mark.parametrize("masked_rows", ["nan", "zero"])
+@pytest.mark.parametrize("temperature", [0.4, 2.5])
+@pytest.mark.parametrize("way", ["function", "op", "Function"])
+def test_gradients_at_a_temperature(way: str, temperature: float, masked_rows: str, generator: torch.Generator) -> None:
+    forward_mode = way != "Function"  # which has no jvp
+    for shape, dim in [((3, 4), 1), ((3, 4), 0), ((2, 3, 2), 1)]:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        call = ways(temperature, masked_rows, dim)[way]
+        assert gradcheck(
+            call, x, check_forward_ad=forward_mode, check_batched_grad=True, check_batched_forward_grad=forward_mode
+        )
+        assert gradgradcheck(call, x, check_fwd_over_rev=forward_mode, check_batched_grad=True)
+        y = torch.rand(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        dy = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+        def backward(dy: Tensor, y: Tensor, dim: int = dim) -> Tensor:
+            return softmax_backward(dy, y, dim, temperature)
+
+        assert gradcheck(backward, (dy, y), check_forward_ad=True)
+        assert gradgradcheck(backward, (dy, y), check_fwd_over_rev=True)
+
+
+def test_second_order_of_masked_rows(generator: torch.Generator) -> None:
+    """All of it is 0 there, and what it is without them elsewhere."""
+    x, weight = (torch.randn((3, 4), generator=generator, dtype=torch.float64) for _ in range(2))
+    x[1] = -math.inf
+    found = []
+    for part in (slice(None), [0, 2]):
+        leaf = x[part].clone().requires_grad_()
+        y = fastact.softmax(leaf, 1, temperature=0.7, masked_rows="zero")
+        (dx,) = torch.autograd.grad(y, leaf, weight[part], create_graph=True)
+        (ddx,) = torch.autograd.grad((dx * dx).sum(), leaf)
+        found.append((y.detach(), dx.detach(), ddx))
+    for masked, plain in zip(*found, strict=True):
+        assert (masked[1] == 0).all()
+        assert_same_bits(masked[[0, 2]], plain, "rows beside a masked one")
+
+
+@pytest.mark.parametrize("masked_rows", ["nan", "zero"])
+def test_temperature_as_a_tensor(masked_rows: str, generator: torch.Generator) -> None:
+    """In plain torch, so that it has a gradient; one for all, or one for every row."""
+    x = torch.randn((3, 4), generator=generator, dtype=torch.float64).requires_grad_()
+
+    def call(x: Tensor, temperature: Tensor) -> Tensor:
+        return fastact.softmax(x, 1, temperature=temperature, masked_rows=masked_rows)
+
+    for shape in [(), (1,), (3, 1)]:
+        temperature = (torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5).requires_grad_()
+        # Some roundings of numbers below 1.
+        assert (call(x, temperature) - torch.softmax(x / temperature, 1)).abs().max() <= 1e-15
+        assert gradcheck(call, (x, temperature))
+    # What is masked stays out of the gradient of the temperature.
+    temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    masked = x.detach().clone()
+    masked[1, 2:] = -math.inf
+    if masked_rows == "zero":
+        masked[2] = -math.inf
+    y = call(masked, temperature)
+    assert (y.detach() - fastact.softmax(masked, 1, temperature=0.7, masked_rows=masked_rows)).abs().max() <= 1e-15
+    (slope,) = torch.autograd.grad((y * x.detach()).sum(), temperature)
+    assert slope.isfinite()
+
+
+@pytest.mark.parametrize("options", [(2.0, False), (2.0, True), (1.0, True)], ids=str)
+def test_opcheck_with_options(options: tuple[float, bool], generator: torch.Generator) -> None:
+    for layout in (lambda t: t, Tensor.t):
+        x, y, dy = (layout(torch.randn((3, 4), generator=generator)).requires_grad_() for _ in range(3))
+        assert set(torch.library.opcheck(softmax.default, (x, 1, *options)).values()) == {"SUCCESS"}
+        assert set(torch.library.opcheck(softmax_backward.default, (dy, y, 0, options[0])).values()) == {"SUCCESS"}
 
 
 # ---- Properties ------------------------------------------------------------------------------------------------------
@@ -650,12 +791,17 @@ def test_expanded_gradients(dtype: torch.dtype, isa: str, generator: torch.Gener
 
 
 @pytest.mark.parametrize("rank", range(5))
-def test_implicit_dim(rank: int, generator: torch.Generator) -> None:
+def test_implicit_dim(along: Row, rank: int, generator: torch.Generator) -> None:
     """Torch's choice, with torch's warning, at the line of the caller."""
     x = torch.randn((2, 3, 4, 5)[:rank], generator=generator)
     with pytest.warns(UserWarning, match="Implicit dimension choice") as theirs:
-        expected = F.softmax(x)
-    calls = [lambda: fastact.softmax(x), lambda: fastact.softmax(x, None), lambda: fastact.softmax(x, dim=None)]
+        expected = getattr(F, along.name)(x)
+    calls = [lambda: along.function(x), lambda: along.function(x, None), lambda: along.function(x, dim=None)]
+    if along.name == "softmax":
+        calls.append(lambda: fastact.softmax(x, masked_rows="zero"))
+        with pytest.warns(UserWarning, match="Implicit dimension choice"):
+            reference = fastact.softmax(x, temperature=torch.tensor(1.0), masked_rows="zero")
+        torch.testing.assert_close(reference, expected)
     for call in calls:
         with pytest.warns(UserWarning, match="Implicit dimension choice") as ours:
             y = call()
@@ -701,26 +847,26 @@ def test_one_element_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4), (2, 3, 4, 5), (3, 0), (0,)], ids=str)
-def test_dim_out_of_range(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_dim_out_of_range(along: Row, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """The exception and the words of torch."""
     x = torch.zeros(shape, dtype=dtype)
     rank = max(len(shape), 1)
     for dim in (rank, -rank - 1, 100, -100, 2**62, 2**63 - 1, -(2**63)):
         with pytest.raises(IndexError) as theirs:
-            torch.softmax(x, dim)
-        for call in (fastact.softmax, softmax, lambda x, dim: softmax_backward(x, x, dim)):
+            getattr(torch, along.name)(x, dim)
+        for call in (along.function, along.op, lambda x, dim: along.backward_op(x, x, dim)):
             with pytest.raises(IndexError) as ours:
                 call(x, dim)
             assert str(ours.value).partition("\n")[0] == str(theirs.value).partition("\n")[0]
         with pytest.raises(IndexError):
-            fastact.softmax(x.to("meta"), dim)
+            along.function(x.to("meta"), dim)
 
 
 # ---- dtype -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wanted", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_dtype_argument(wanted: torch.dtype, dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_dtype_argument(along: Row, wanted: torch.dtype, dtype: torch.dtype, generator: torch.Generator) -> None:
     """x is cast first; its gradient comes back in its own dtype."""
     x = normal((4, 9), dtype, generator).to(dtype).requires_grad_()
     dy = normal((4, 9), wanted, generator).to(wanted)
@@ -729,27 +875,27 @@ def test_dtype_argument(wanted: torch.dtype, dtype: torch.dtype, generator: torc
         lambda f, x: f(x, dim=1, dtype=wanted),
         lambda f, x: f(x, -1, dtype=wanted),
     ]:
-        y, plain = call(fastact.softmax, x), call(F.softmax, x)
+        y, plain = call(along.function, x), call(getattr(F, along.name), x)
         assert y.dtype == plain.dtype == wanted
-        assert_same_bits(y.detach(), softmax(x.detach().to(wanted), 1), f"softmax of {dtype} as {wanted}")
+        assert_same_bits(y.detach(), along.op(x.detach().to(wanted), 1), f"{along.name} of {dtype} as {wanted}")
         (dx,), (plain_dx,) = (torch.autograd.grad(out, x, dy) for out in (y, plain))
         assert dx.dtype == plain_dx.dtype == dtype
-        expected = softmax_backward(dy, softmax(x.detach().to(wanted), 1), 1).to(dtype)
-        assert_same_bits(dx, expected, f"softmax gradient of {dtype} as {wanted}")
-    assert_same_bits(fastact.softmax(x.detach(), 1, wanted), y.detach(), "by position")
+        expected = along.backward_op(dy, along.op(x.detach().to(wanted), 1), 1).to(dtype)
+        assert_same_bits(dx, expected, f"{along.name} gradient of {dtype} as {wanted}")
+    assert_same_bits(along.function(x.detach(), 1, wanted), y.detach(), "by position")
 
 
 @pytest.mark.parametrize("source", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
-def test_dtype_argument_of_integers(source: torch.dtype, dtype: torch.dtype) -> None:
+def test_dtype_argument_of_integers(along: Row, source: torch.dtype, dtype: torch.dtype) -> None:
     x = torch.tensor([[0, 1, 1, 3], [2, 0, 0, 1]]).to(source)
-    y = fastact.softmax(x, 1, dtype=dtype)
-    assert y.dtype == F.softmax(x, 1, dtype=dtype).dtype == dtype
-    assert_same_bits(y, softmax(x.to(dtype), 1), f"softmax of {source} as {dtype}")
+    y = along.function(x, 1, dtype=dtype)
+    assert y.dtype == getattr(F, along.name)(x, 1, dtype=dtype).dtype == dtype
+    assert_same_bits(y, along.op(x.to(dtype), 1), f"{along.name} of {source} as {dtype}")
 
 
-def test_dtype_none_is_that_of_x(dtype: torch.dtype) -> None:
-    assert fastact.softmax(torch.zeros(3, dtype=dtype), 0, dtype=None).dtype == dtype
-    assert fastact.softmax(torch.zeros(3, dtype=dtype), 0, None).dtype == dtype
+def test_dtype_none_is_that_of_x(along: Row, dtype: torch.dtype) -> None:
+    assert along.function(torch.zeros(3, dtype=dtype), 0, dtype=None).dtype == dtype
+    assert along.function(torch.zeros(3, dtype=dtype), 0, None).dtype == dtype
 
 
 def test_best_isa_is_in_use() -> None:
