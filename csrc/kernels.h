@@ -8,12 +8,15 @@ namespace fastact {
 /// The storage types that have kernels. 16-bit types are computed in float and rounded once.
 enum DType { kFloat64, kFloat32, kBFloat16, kFloat16, kDTypes };
 
-// For tables indexed by DType: a kernel template for each storage type in that order; and the two kernels of a row.
+// For tables indexed by DType: a kernel template for each storage type in that order; and the two kernels of a row, of
+// activations.h and of softmax.h.
 #define FASTACT_EACH_DTYPE(KERNEL, ...) \
   {KERNEL<__VA_ARGS__ double>, KERNEL<__VA_ARGS__ float>, KERNEL<__VA_ARGS__ BFloat16>, KERNEL<__VA_ARGS__ Float16>}
 #define FASTACT_COMMA ,
 #define FASTACT_FORWARD(name, Functor, ...) FASTACT_EACH_DTYPE(forward, Functor FASTACT_COMMA),
 #define FASTACT_BACKWARD(name, Functor, ...) FASTACT_EACH_DTYPE(backward, Functor FASTACT_COMMA),
+#define FASTACT_SOFTMAX_FORWARD(name, Functor) FASTACT_EACH_DTYPE(softmax_forward, Functor FASTACT_COMMA),
+#define FASTACT_SOFTMAX_BACKWARD(name, Functor) FASTACT_EACH_DTYPE(softmax_backward, Functor FASTACT_COMMA),
 
 /// The most float parameters a row may have.
 constexpr int kMaxParameters = 2;
@@ -43,8 +46,14 @@ using Backward = void (*)(const void* dy, const void* saved, void* dx, int64_t n
 struct SoftmaxShape {
   int64_t outer, length, inner;
 };
-using SoftmaxForward = void (*)(const void* x, void* y, SoftmaxShape, int64_t begin, int64_t end);
-using SoftmaxBackward = void (*)(const void* dy, const void* y, void* dx, SoftmaxShape, int64_t begin, int64_t end);
+/// What a row of softmax.h may be told besides; the backward looks at the temperature only.
+struct SoftmaxOptions {
+  double temperature = 1;    // from 2^-126 to 2^126, so that its reciprocal is a normal number of every type computed in
+  bool masked_zero = false;  // whether a row of -inf gives 0 rather than NaN
+};
+using SoftmaxForward = void (*)(const void* x, void* y, SoftmaxShape, SoftmaxOptions, int64_t begin, int64_t end);
+using SoftmaxBackward = void (*)(const void* dy, const void* y, void* dx, SoftmaxShape, SoftmaxOptions, int64_t begin,
+                                 int64_t end);
 
 /// Rows of one unit when inner > 1: enough to fill cache lines.
 constexpr int64_t kSoftmaxColumns = 64;
@@ -55,15 +64,15 @@ static constexpr int64_t softmax_units(SoftmaxShape s) {
   return s.inner == 1 ? s.outer : (s.outer * s.inner + kSoftmaxColumns - 1) / kSoftmaxColumns;
 }
 
-constexpr int kMaxRows = 32;
+constexpr int kMaxRows = 32, kMaxSoftmaxes = 4;
 
-/// Everything one instruction set offers, indexed [row][dtype].
+/// Everything one instruction set offers, indexed [row][dtype]: rows of activations.h, and of softmax.h.
 struct Kernels {
   const char* isa;
   Forward forward[kMaxRows][kDTypes];
   Backward backward[kMaxRows][kDTypes];
-  SoftmaxForward softmax_forward[kDTypes];
-  SoftmaxBackward softmax_backward[kDTypes];
+  SoftmaxForward softmax_forward[kMaxSoftmaxes][kDTypes];
+  SoftmaxBackward softmax_backward[kMaxSoftmaxes][kDTypes];
 };
 
 namespace cuda {
@@ -79,16 +88,16 @@ struct Queue {
 using Forward = int (*)(const void* x, void* y, int64_t n, const double* parameters, Queue);
 using Backward = int (*)(const void* dy, const void* saved, void* dx, int64_t n, const double* parameters, Queue);
 /// `y`, `dx` and `workspace`, device memory of softmax_workspace() bytes, are aligned to 16.
-using SoftmaxForward = int (*)(const void* x, void* y, SoftmaxShape, void* workspace, Queue);
-using SoftmaxBackward = int (*)(const void* dy, const void* y, void* dx, SoftmaxShape, void* workspace, Queue);
+using SoftmaxForward = int (*)(const void* x, void* y, SoftmaxShape, SoftmaxOptions, void* workspace, Queue);
+using SoftmaxBackward = int (*)(const void* dy, const void* y, void* dx, SoftmaxShape, SoftmaxOptions, void* workspace, Queue);
 
-/// Indexed [row][dtype].
+/// Indexed [row][dtype], as cpu's.
 struct Kernels {
   const Forward (*forward)[kDTypes];
   const Backward (*backward)[kDTypes];
-  const SoftmaxForward* softmax_forward;
-  const SoftmaxBackward* softmax_backward;
-  int64_t (*softmax_workspace)(DType, SoftmaxShape, bool backward, Queue);
+  const SoftmaxForward (*softmax_forward)[kDTypes];
+  const SoftmaxBackward (*softmax_backward)[kDTypes];
+  int64_t (*softmax_workspace)(int row, DType, SoftmaxShape, bool backward, Queue);
 };
 
 /// Only in a build with CUDA.

@@ -33,6 +33,18 @@ struct ElementOf<double> {
   using type = double;
 };
 
+/// The bit pattern of sqrt(1/2).
+template <class T>
+struct HalfRoot;
+template <>
+struct HalfRoot<float> {
+  static constexpr unsigned bits = 0x3f3504f3;
+};
+template <>
+struct HalfRoot<double> {
+  static constexpr unsigned long long bits = 0x3fe6a09e667f3bcd;
+};
+
 // ---- Words every lane type defines for itself; here for the scalars. -----------------------------------------------
 
 /// a where the condition holds, else b.
@@ -97,6 +109,18 @@ FASTACT_FN double bits_difference(double a, double b) {
   return a;
 }
 
+/// The integral n for which s 2^-n lies from sqrt(1/2) to sqrt(2), for s of 1 or more.
+FASTACT_FN float exponent(float s) {
+  unsigned bits;
+  __builtin_memcpy(&bits, &s, sizeof bits);
+  return float(int((bits - HalfRoot<float>::bits) >> 23));
+}
+FASTACT_FN double exponent(double s) {
+  unsigned long long bits;
+  __builtin_memcpy(&bits, &s, sizeof bits);
+  return double(int((bits - HalfRoot<double>::bits) >> 52));
+}
+
 /// Whether a < b in any lane: for a rare case that would slow down the common one.
 FASTACT_FN bool any_less(float a, float b) { return a < b; }
 FASTACT_FN bool any_less(double a, double b) { return a < b; }
@@ -113,11 +137,14 @@ FASTACT_FN V polynomial(V u, T c, Rest... rest) {
   return fma(polynomial(u, rest...), u, V(c));
 }
 
+constexpr double kInfinity = __builtin_inf();
+
 template <class T>
 struct Constants;
 
 template <>
 struct Constants<float> {
+  static constexpr float largest = 0x1.fffffep+127f;
   static constexpr float log2_e = 0x1.715476p+0f;
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   // Adding it rounds to the nearest integer, and leaves that, with the bias of an exponent, in the low bits of the sum.
@@ -144,13 +171,14 @@ struct Constants<float> {
   }
   /// 2 (atanh s - s) / s^3 of z = s^2 for |s| <= 0.2: degree 2, 2^-28.2 of atanh s.
   template <class V>
-  FASTACT_FN static V log1p_tail(V z) {
+  FASTACT_FN static V atanh_tail(V z) {
     return polynomial(z, 0x1.5555b4p-1f, 0x1.992b44p-2f, 0x1.36e076p-2f);
   }
 };
 
 template <>
 struct Constants<double> {
+  static constexpr double largest = 0x1.fffffffffffffp+1023;
   static constexpr double log2_e = 0x1.71547652b82fep+0;
   static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
   static constexpr double round_bias = 0x1.8p52 + 1023;
@@ -177,7 +205,7 @@ struct Constants<double> {
   }
   /// Degree 8, 2^-60.0 of atanh s.
   template <class V>
-  FASTACT_FN static V log1p_tail(V z) {
+  FASTACT_FN static V atanh_tail(V z) {
     return polynomial(z, 0x1.5555555555555p-1, 0x1.999999999990dp-2, 0x1.249249249e1c9p-2, 0x1.c71c71b788a45p-3,
                       0x1.745d1d11a45cdp-3, 0x1.3b126476ed9acp-3, 0x1.113ee03ee5bf2p-3, 0x1.da561bed7a673p-4,
                       0x1.02c5246a45c34p-3);
@@ -279,8 +307,18 @@ FASTACT_FN V log1p_unit(V u) {
   const auto halved = u > V(0.5);
   const V r = select(halved, fma(u, V(0.5), V(-0.5)), u);
   const V s = r / (2 + r), z = s * s, h = V(0.5) * r * r;
-  const V tail = fma(s, fma(z, C::log1p_tail(z), h), -h);
+  const V tail = fma(s, fma(z, C::atanh_tail(z), h), -h);
   return select(halved, (r + (tail + V(C::ln2_low))) + V(C::ln2_high), r + tail);
+}
+
+/// log s for s from 1 to 2^40, such as the sum of the terms of a row. Max error 2.0 ULP, also near 1; NaN for NaN.
+template <class V>
+FASTACT_FN V log_of_sum(V s) {
+  using C = Constants<typename ElementOf<V>::type>;
+  const V n = exponent(s);
+  const V m = scale2(s, -n, C::round_bias - n);
+  const V z = (m - 1) / (m + 1), w = z * z;
+  return fma(n, V(C::ln2_high), fma(n, V(C::ln2_low), fma(z * w, C::atanh_tail(w), 2 * z)));
 }
 
 /// `factor` times the derivative of the logistic function, e^-|x| / (1 + e^-|x|)^2, for a power of two. Max error 1.1 ULP, with

@@ -19,11 +19,14 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Row:
-    """One activation. `function` and `reference` have the same signature; the ops take the float parameters only."""
+    """One activation. `function` and `reference` have the same signature; the ops take the parameters only.
+
+    Of those along a dim, the ops take dim first, and the backward op the first of the parameters only.
+    """
 
     name: str  # of the function and the op: "leaky_relu"
     class_name: str  # of the module and the autograd Function: "LeakyReLU"
-    parameters: dict[str, float]  # names and defaults, in order
+    parameters: dict[str, float]  # of the op: names and defaults, in order
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     ulp: float | None  # promised error of float32 and float64 results, in units of the last place
@@ -32,16 +35,16 @@ class Row:
     @property
     def along_dim(self) -> bool:
         """Whether it is computed along a dim, rather than elementwise."""
-        return self.name not in _functors
+        return self.name in _functors_along_dim
 
     @property
     def op(self) -> Any:
-        """`torch.ops.fastact.<name>(x, *parameters)`; softmax: `(x, dim)`."""
+        """`torch.ops.fastact.<name>(x, *parameters)`; along a dim: `(x, dim, *parameters)`."""
         return getattr(torch.ops.fastact, self.name)
 
     @property
     def backward_op(self) -> Any:
-        """`torch.ops.fastact.<name>_backward(dy, saved, *parameters)`; softmax: `(dy, y, dim)`."""
+        """`torch.ops.fastact.<name>_backward(dy, saved, *parameters)`; along a dim: `(dy, y, dim, ...)`."""
         return getattr(torch.ops.fastact, self.name + "_backward")
 
     @property
@@ -53,19 +56,27 @@ class Row:
     def ops(self) -> list[Any]:
         return [self.op, self.backward_op] + ([] if self.along_dim else [self.inplace_op])
 
+    @property
+    def backward_arguments(self) -> int:
+        """How many arguments the backward op takes after the two tensors."""
+        return len(self.backward_op.default._schema.arguments) - 2
+
     def saves_input(self, *parameters: float) -> bool:
         """Whether `saved` is the input, for these parameters; else it is the output."""
+        if self.along_dim:
+            return False
         values = [*parameters, *list(self.parameters.values())[len(parameters) :]]
         return _C.saves_input(self.name, values)
 
 
 _functors = {name: (functor, parameters) for name, functor, parameters in _C.rows()}
+_functors_along_dim = dict(_C.rows_along_dim())
 
-# Filled by fastact.activations: every public row by name; those of elementwise activations; the one that is not; and the rows
-# that functions take where `precise_grad` is true.
+# Filled by fastact.activations: every public row by name; those of elementwise activations; softmax and its relatives; and the
+# rows that functions take where `precise_grad` is true.
 rows: dict[str, Row] = {}
 elementwise: dict[str, Row] = {}
-softmax: Row
+along_dim: dict[str, Row] = {}
 precise: dict[str, Row] = {}
 
 
@@ -81,8 +92,8 @@ def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable
         name = reference.__name__
         signature = inspect.signature(reference)
         arguments = list(signature.parameters)
-        names = ("dim", "dtype") if name == "softmax" else _functors[name][1]
-        defaults = {} if name == "softmax" else {k: float(signature.parameters[k].default) for k in names}
+        class_name, names = (_functors_along_dim[name], ()) if name in _functors_along_dim else _functors[name]
+        defaults = {k: float(signature.parameters[k].default) for k in names}
         head = "(" + ", ".join(str(p).split(":")[0] + _default(p) for p in signature.parameters.values()) + ")"
         doc = (inspect.getdoc(reference) or "").replace("{ulp}", f"{ulp:g}" if ulp is not None else "")
         function = _C.make_function(
@@ -92,16 +103,15 @@ def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable
             list(defaults.values()),
             "inplace" in arguments,
             f"{name}{head}\n--\n\n{doc}",
-            _softmax_dim,
+            functools.partial(checked_dim, name),
         )
-        class_name = "Softmax" if name == "softmax" else _functors[name][0]
         others = {p.name: p.default for p in list(signature.parameters.values())[1:]}
+        if name in _functors_along_dim:
+            # As its op has them: after x and dim, with defaults.
+            rest = getattr(torch.ops.fastact, name).default._schema.arguments[2:]
+            defaults = {a.name: a.default_value for a in rest}
         row = rows[name] = Row(name, class_name, defaults, function, reference, ulp, others)
-        if name == "softmax":
-            global softmax
-            softmax = row
-        else:
-            elementwise[name] = row
+        (along_dim if row.along_dim else elementwise)[name] = row
         if "precise_grad" in arguments:
             twin = "precise_" + name
             with_precise_grad = functools.partial(function, precise_grad=True)
@@ -115,16 +125,17 @@ def _default(parameter: inspect.Parameter) -> str:
     return "" if parameter.default is parameter.empty or ":" not in str(parameter) else f"={parameter.default!r}"
 
 
-def _softmax_dim(dim: int | None, rank: int) -> int:
-    """What softmax has to say about its dim: called from C for a dim that is missing, or that has one element."""
+def checked_dim(name: str, dim: int | None, rank: int) -> int:
+    """What softmax or a relative has to say about its dim: called from C for a dim that is missing, or that has one element."""
     if dim is None:
         warnings.warn(
-            "Implicit dimension choice for softmax has been deprecated. Change the call to include dim=X as an argument.",
+            f"Implicit dimension choice for {name} has been deprecated. Change the call to include dim=X as an argument.",
             stacklevel=2,
         )
         return 0 if rank in (0, 1, 3) else 1
+    always = along_dim[name].reference(torch.zeros(1), 0).item()
     warnings.warn(
-        f"softmax over dim {dim}, which has one element: the result is always 1 and its gradient always 0. "
+        f"{name} over dim {dim}, which has one element: the result is always {always:g} and its gradient always 0. "
         "A binary classifier with one output unit wants a sigmoid. (This is said once.)",
         stacklevel=2,
     )

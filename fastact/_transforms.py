@@ -115,6 +115,7 @@ opaque: set[str] = set()
 def substitute(row: Row) -> None:
     """Dynamo cannot look into a C function, and traces this in its place."""
     reference, defaults, op, count = row.reference, row.arguments, row.op.default, len(row.parameters)
+    tempered = "temperature" in defaults
     precise_op = _registry.precise["precise_" + row.name].op.default if "precise_grad" in defaults else None
 
     @torch.compiler.assume_constant_result
@@ -131,9 +132,13 @@ def substitute(row: Row) -> None:
                 return None
         return (precise_op if flag else op)(x, *values[:count])
 
-    def along_dim(x: Tensor, dim: int | None, dtype: torch.dtype | None) -> Tensor | None:
+    def along_dim(
+        x: Tensor, dim: int | None, dtype: torch.dtype | None, temperature: Any = 1.0, masked_rows: str = "nan"
+    ) -> Tensor | None:
         x = x if dtype is None else x.to(dtype)
-        return None if dim is None or x.dtype not in KERNEL_DTYPES else op(x, dim)
+        if dim is None or x.dtype not in KERNEL_DTYPES or not isinstance(temperature, int | float):
+            return None
+        return op(x, dim, temperature, masked_rows == "zero") if tempered else op(x, dim)
 
     kernel = along_dim if row.along_dim else elementwise
 

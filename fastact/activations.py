@@ -21,19 +21,22 @@ What holds for every function here:
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastact._registry import activation
+from fastact._registry import activation, checked_dim
 
 __all__ = [
     "ELU",
     "Hardsigmoid",
     "LeakyReLU",
     "LogSigmoid",
+    "LogSoftmax",
     "ReLU",
     "ScaledSigmoid",
     "SiLU",
@@ -45,6 +48,7 @@ __all__ = [
     "hardsigmoid",
     "leaky_relu",
     "log_sigmoid",
+    "log_softmax",
     "relu",
     "scaled_sigmoid",
     "sigmoid",
@@ -275,19 +279,88 @@ class Hardsigmoid(nn.Hardsigmoid):
 
 
 @activation(ulp=None)
-def softmax(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """exp(x - m) / sum(exp(x - m)) along `dim`, with m the maximum: `torch.nn.functional.softmax`.
+def softmax(
+    x: Tensor,
+    dim: int | None = None,
+    dtype: torch.dtype | None = None,
+    temperature: float | Tensor = 1.0,
+    masked_rows: str = "nan",
+) -> Tensor:
+    """exp((x - m) / temperature) / sum(exp((x - m) / temperature)) along `dim`, with m the maximum:
+    `torch.nn.functional.softmax` of x / temperature, in one kernel.
 
-    Gradient: y (dy - sum(dy y)). Shape: that of x; dtype: `dtype` if given, to which x is cast first, else that of x.
-    A row that is all -inf, or holds NaN or +inf, is NaN. Terms exp(x - m) below the smallest normal number count as 0. The sum
-    does not depend on layout or threads. Without `dim`, torch's choice is made with torch's warning. Over a dimension of one
-    element the result is always 1 and the gradient 0: warns, once. Raises `IndexError` for a dim out of range.
+    Gradient: y (dy - sum(dy y)) / temperature. Shape: that of x; dtype: `dtype` if given, to which x is cast first, else that
+    of x. A row that is all -inf, or holds NaN or +inf, is NaN; with `masked_rows="zero"`, one that is all -inf is 0, and so is
+    its gradient. Terms below the smallest normal number count as 0. The sum does not depend on layout or threads. Without
+    `dim`, torch's choice is made with torch's warning. Over a dimension of one element the result is always 1 and the gradient
+    0: warns, once. `temperature` may be a tensor, to which gradients flow: the definition is then computed in plain torch.
+    Error: in units of 2^-24 y in float32, 2^-53 y in float64, at most 8 for the arithmetic; one for every addition that an
+    element meets, at most 22 in float32; and one, with a temperature three, for each 1 of distance from the maximum (of
+    x / temperature), both of this element and on the average of the row, by weight. Raises `IndexError` for a dim out of range,
+    `ValueError` for another `masked_rows`, and for a temperature
+    that is no number from 2^-126 to 2^126.
     """
-    return F.softmax(x, dim, dtype=dtype)
+    if masked_rows not in ("nan", "zero"):
+        raise ValueError(f"softmax(): masked_rows must be 'nan' or 'zero', not {masked_rows!r}")
+    if not isinstance(temperature, Real) or temperature != 1:
+        x = _divided(x if dtype is None else x.to(dtype), temperature)
+    if masked_rows == "nan":
+        return F.softmax(x, dim, dtype=dtype)
+    if dim is None:
+        dim = checked_dim("softmax", None, x.dim())
+    masked = (x == -math.inf).all(dim, keepdim=True)
+    return F.softmax(x.masked_fill(masked, 0), dim, dtype=dtype).masked_fill(masked, 0)
+
+
+def _divided(x: Tensor, temperature: float | Tensor) -> Tensor:
+    if isinstance(temperature, Tensor):
+        # What is masked stays out of the division: the gradient of the temperature would be 0 * inf.
+        masked = x == -math.inf
+        return (x.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf)
+    if not isinstance(temperature, Real):
+        raise TypeError(f"softmax(): argument 'temperature' (position 4) must be Number, not {type(temperature).__name__}")
+    if not 2.0**-126 <= temperature <= 2.0**126:
+        raise ValueError(f"softmax(): temperature must be a number from 2^-126 to 2^126, not {temperature}")
+    return x / temperature
 
 
 class Softmax(nn.Softmax):
-    """`fastact.softmax` as a module: the twin of `torch.nn.Softmax(dim=None)`. Shape: any; the output has the input's."""
+    """`fastact.softmax` as a module: the twin of `torch.nn.Softmax(dim=None)`, with the temperature and what becomes of rows
+    that are masked altogether. Shape: any; the output has the input's.
+
+    The temperature is a number: one that is learned is a parameter of another module, which calls `fastact.softmax` with it.
+    """
+
+    temperature: float = 1.0
+    masked_rows: str = "nan"
+
+    def __init__(self, dim: int | None = None, temperature: float = 1.0, masked_rows: str = "nan") -> None:
+        super().__init__(dim)
+        if isinstance(temperature, Tensor):
+            raise TypeError("Softmax(): temperature must be a number, not a tensor; fastact.softmax takes tensors")
+        _keep(self, temperature=temperature, masked_rows=masked_rows)
 
     def forward(self, input: Tensor) -> Tensor:
-        return softmax(input, self.dim)
+        return softmax(input, self.dim, None, self.temperature, self.masked_rows)
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, [super().extra_repr(), _kept(self, "temperature", "masked_rows")]))
+
+
+@activation(ulp=None)
+def log_softmax(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """x - m - log(sum(exp(x - m))) along `dim`, with m the maximum: `torch.nn.functional.log_softmax`.
+
+    Gradient: dy - exp(y) sum(dy). Shape: that of x; dtype: `dtype` if given, to which x is cast first, else that of x.
+    A row that is all -inf, or holds NaN or +inf, is NaN; -inf beside finite numbers stays -inf. The sum does not depend on
+    layout or threads. Without `dim`, torch's choice is made with torch's warning. Over a dimension of one element the result is
+    always 0 and the gradient 0: warns, once. Raises `IndexError` for a dim out of range.
+    """
+    return F.log_softmax(x, dim, dtype=dtype)
+
+
+class LogSoftmax(nn.LogSoftmax):
+    """`fastact.log_softmax` as a module: the twin of `torch.nn.LogSoftmax(dim=None)`. Shape: any; that of the input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return log_softmax(input, self.dim)

@@ -17,7 +17,8 @@ from fastact import _registry, activations  # noqa: F401  (activations fills the
 
 
 def _make(row: _registry.Row) -> type[torch.autograd.Function]:
-    defaults = tuple(row.parameters.values())
+    along_dim = row.name in _registry.along_dim
+    defaults = (*[None] * along_dim, *row.parameters.values())  # a dim has none
 
     def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
         ctx.parameters = parameters + defaults[len(parameters) :]
@@ -28,9 +29,9 @@ def _make(row: _registry.Row) -> type[torch.autograd.Function]:
 
     def backward(ctx: Any, dy: Tensor) -> Any:
         (saved,) = ctx.saved_tensors
-        return row.backward_op(dy, saved, *ctx.parameters), *[None] * (ctx.inputs - 1)
+        return row.backward_op(dy, saved, *ctx.parameters[: row.backward_arguments]), *[None] * (ctx.inputs - 1)
 
-    names = ", ".join(["x", *(f"{name}={default}" for name, default in row.parameters.items())])
+    names = ", ".join(["x", *["dim"] * along_dim, *(f"{name}={default}" for name, default in row.parameters.items())])
     members = {
         "__module__": __name__,
         "__doc__": f"`{row.class_name}.apply({names})`: see `fastact.{row.name}`.",

@@ -4,9 +4,10 @@ property.
 `pytest --device cuda` runs the suite on a GPU: every tensor that a test makes without naming a device lies there. What is about
 the CPU alone says so by the mark `cpu_only`, or by its file in CPU_ONLY_FILES, and is skipped with that reason.
 
-A parameter called `row`, `any_row` or `dtype` runs over all of them, `public_row` over those with a function of their own;
-`isa` runs over the instruction sets this CPU has and puts the best one back (on a GPU there is nothing
-to run over). A randomly drawn input comes from the `generator` fixture, whose seed a failure prints; FASTACT_TEST_SEED sets it.
+A parameter called `row` (an elementwise one), `along` (softmax and its relatives), `any_row` or `dtype` runs over all of them,
+`public_row` over those with a function of their own; `isa` runs over the instruction sets this CPU has and puts the best one
+back (on a GPU there is nothing to run over). A randomly drawn input comes from the `generator` fixture, whose seed a failure
+prints; FASTACT_TEST_SEED sets it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from fastact import _C, _registry
 
 PUBLIC_ELEMENTWISE = list(_registry.elementwise.values())
 ELEMENTWISE = [*PUBLIC_ELEMENTWISE, *_registry.precise.values()]
-PUBLIC_ROWS = [*PUBLIC_ELEMENTWISE, _registry.softmax]
-ALL_ROWS = [*ELEMENTWISE, _registry.softmax]
+ALONG_DIM = list(_registry.along_dim.values())
+PUBLIC_ROWS = [*PUBLIC_ELEMENTWISE, *ALONG_DIM]
+ALL_ROWS = [*ELEMENTWISE, *ALONG_DIM]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SEED = int(os.environ.get("FASTACT_TEST_SEED", random.SystemRandom().randrange(2**31)))
 
@@ -88,8 +90,11 @@ def bits(t: Tensor) -> Tensor:
     return t.contiguous().view(INTEGER[t.dtype.itemsize])
 
 
-def softmax_slack(dtype: torch.dtype, dim: int, y: Tensor, dy: Tensor | None = None) -> Tensor | None:
-    """How far two results of softmax, or with dy of its backward, may lie apart for the same values in different layouts.
+def softmax_slack(
+    dtype: torch.dtype, dim: int, y: Tensor, dy: Tensor | None = None, *, logarithm: bool = False
+) -> Tensor | None:
+    """How far two results of softmax, or with dy of its backward, may lie apart for the same values in different layouts; with
+    logarithm, of log_softmax.
 
     On the CPU, where rows are summed in one order in every layout: None, for not at all. On CUDA the order follows from how the
     tensor lies in memory. Each of the two sums is then off by at most a unit of the compute type for every addition, and a few
@@ -98,10 +103,11 @@ def softmax_slack(dtype: torch.dtype, dim: int, y: Tensor, dy: Tensor | None = N
     if DEVICE == "cpu":
         return None
     unit = torch.finfo(dtype if dtype.itemsize > 2 else torch.float32).eps / 2
-    y = y.detach().double().abs()
-    scale = y
+    y = y.detach().double()
+    scale = (y.abs() + 1).nan_to_num(posinf=1) if logarithm else y.abs()
     if dy is not None:
-        product = y * dy.detach().double().abs()
+        y, dy = (y.exp() if logarithm else y.abs()), dy.detach().double().abs()
+        product = dy if logarithm else y * dy
         scale = product + y * product.sum(dim, keepdim=True)
     slack = 2 * (y.shape[dim] + 8 if y.dim() else 8) * unit * scale
     if dtype.itemsize == 2:
@@ -149,6 +155,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "row" in metafunc.fixturenames:
         metafunc.parametrize("row", ELEMENTWISE, ids=lambda row: row.name)
+    if "along" in metafunc.fixturenames:
+        metafunc.parametrize("along", ALONG_DIM, ids=lambda row: row.name)
     if "any_row" in metafunc.fixturenames:
         metafunc.parametrize("any_row", ALL_ROWS, ids=lambda row: row.name)
     if "public_row" in metafunc.fixturenames:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, ELEMENTWISE, PUBLIC_ELEMENTWISE, PUBLIC_ROWS
+from conftest import ALONG_DIM, DEVICE, ELEMENTWISE, PUBLIC_ELEMENTWISE, PUBLIC_ROWS
 from torch import Tensor
 
 import fastact
@@ -28,6 +28,7 @@ TWINS: dict[str, Callable[..., Any]] = {
     "leaky_relu": F.leaky_relu,
     "tanh": torch.tanh,
     "softmax": F.softmax,
+    "log_softmax": F.log_softmax,
 }
 
 
@@ -53,10 +54,11 @@ class Case:
     error: type[Exception] | None = None
     words: str = ""  # of our message: a regular expression
     strides: bool = True  # whether the result has the strides of the twin's
+    ours_alone: bool = False  # an argument that the twin has not: the reference says what becomes of it
 
     @property
     def twin(self) -> Callable[..., Any]:
-        return TWINS.get(self.row.name, self.row.reference)
+        return self.row.reference if self.ours_alone else TWINS.get(self.row.name, self.row.reference)
 
     @property
     def id(self) -> str:
@@ -64,7 +66,7 @@ class Case:
 
 
 def call_plainly(row: Row) -> Callable[[Callable[..., Any], Any], Any]:
-    return (lambda f, x: f(x, -1)) if row.name == "softmax" else (lambda f, x: f(x))
+    return (lambda f, x: f(x, -1)) if row in ALONG_DIM else (lambda f, x: f(x))
 
 
 WRONG_INPUTS: dict[str, Callable[[], Any]] = {
@@ -216,14 +218,15 @@ def cases() -> list[Case]:
         table.append(Case(name, row, call, make, **rest))
 
     # F.softmax asks x for its method before it looks at what x is; torch.softmax looks first.
-    def look_first(f: Callable[..., Any], x: Any) -> Any:
-        return (torch.softmax if f is F.softmax else f)(x, -1)
+    looking_first: dict[Any, Any] = {F.softmax: torch.softmax, F.log_softmax: torch.log_softmax}
 
-    softmax = PUBLIC_ROWS[-1]
+    def look_first(f: Callable[..., Any], x: Any) -> Any:
+        return looking_first.get(f, f)(x, -1)
+
     for row in PUBLIC_ROWS:
-        names = ["dim", "dtype"] if row is softmax else list(row.parameters)
+        names = ["dim", "dtype"] if row in ALONG_DIM else list(row.parameters)
         for kind, make in WRONG_INPUTS.items():
-            call = look_first if row is softmax else call_plainly(row)
+            call = look_first if row in ALONG_DIM else call_plainly(row)
             error = None if row.name in TWINS else TypeError  # a formula multiplies whatever can be multiplied
             add(f"{kind} as x", row, call, make, error=error, words=f"{row.name}.*argument 'x' .*must be Tensor, not ")
         for kind, make in ODD_TENSORS.items():
@@ -272,28 +275,46 @@ def cases() -> list[Case]:
             lambda: plain().requires_grad_(),
         )
 
-    for kind, value in WRONG_DIMS.items():
-        words = "argument 'dim' .*must be int" if kind in NOT_DIMS else ""
-        add(f"dim {kind}", softmax, lambda f, x, value=value: f(x, value()), words=words)
-        add(f"dim {kind} by keyword", softmax, lambda f, x, value=value: f(x, dim=value()), words=words)
-    for shape in [(), (0,), (3, 0)]:
-        for dim in (-3, -2, -1, 0, 1, 2):
-            add(f"dim {dim} of shape {shape}", softmax, lambda f, x, dim=dim: f(x, dim), functools.partial(torch.ones, shape))
-    for kind, value in WRONG_DTYPES.items():
-        words = "argument 'dtype' .*must be torch.dtype" if kind in NOT_DTYPES else ""
-        add(f"dtype {kind}", softmax, lambda f, x, value=value: f(x, 1, dtype=value), words=words)
-        add(
-            f"dtype {kind} of integers",
-            softmax,
-            lambda f, x, value=value: f(x, 1, dtype=value),
-            ODD_TENSORS["int32"],
-            words=words,
-        )
-    add("bad dim and bad dtype", softmax, lambda f, x: f(x, 7, dtype="float32"), words="'dtype'")
-    add("bad dim of integers", softmax, lambda f, x: f(x, 7), ODD_TENSORS["int32"])
-    # Torch does not look at the dim of a meta tensor.
-    add("bad dim of meta", softmax, lambda f, x: f(x, 7), ODD_TENSORS["meta"], error=IndexError, words="out of range")
-    add("float32 of meta", softmax, lambda f, x: f(x, 1, dtype=torch.float32), ODD_TENSORS["meta int64"])
+    for row in ALONG_DIM:
+        for kind, value in WRONG_DIMS.items():
+            words = "argument 'dim' .*must be int" if kind in NOT_DIMS else ""
+            add(f"dim {kind}", row, lambda f, x, value=value: f(x, value()), words=words)
+            add(f"dim {kind} by keyword", row, lambda f, x, value=value: f(x, dim=value()), words=words)
+        for shape in [(), (0,), (3, 0)]:
+            for dim in (-3, -2, -1, 0, 1, 2):
+                add(f"dim {dim} of shape {shape}", row, lambda f, x, dim=dim: f(x, dim), functools.partial(torch.ones, shape))
+        for kind, value in WRONG_DTYPES.items():
+            words = "argument 'dtype' .*must be torch.dtype" if kind in NOT_DTYPES else ""
+            add(f"dtype {kind}", row, lambda f, x, value=value: f(x, 1, dtype=value), words=words)
+            add(
+                f"dtype {kind} of integers",
+                row,
+                lambda f, x, value=value: f(x, 1, dtype=value),
+                ODD_TENSORS["int32"],
+                words=words,
+            )
+        add("bad dim and bad dtype", row, lambda f, x: f(x, 7, dtype="float32"), words="'dtype'")
+        add("bad dim of integers", row, lambda f, x: f(x, 7), ODD_TENSORS["int32"])
+        # Torch does not look at the dim of a meta tensor.
+        add("bad dim of meta", row, lambda f, x: f(x, 7), ODD_TENSORS["meta"], error=IndexError, words="out of range")
+        add("float32 of meta", row, lambda f, x: f(x, 1, dtype=torch.float32), ODD_TENSORS["meta int64"])
+
+    softmax = next(row for row in ALONG_DIM if row.name == "softmax")  # alone has a temperature and masked_rows
+    for kind, value in WRONG_PARAMETERS.items():
+        call = lambda f, x, value=value: f(x, 1, temperature=value())  # noqa: E731
+        not_numbers = [*NOT_NUMBERS, "complex", "numpy array", "NaN", "infinity", "-infinity", "1e300", "10**400"]
+        add(f"{kind} as temperature", softmax, call, words="temperature" if kind in not_numbers else "", ours_alone=True)
+    for value in (0, 0.0, -1.5, -0.0, 2.0**-127, 1.01 * 2.0**126):
+        call = lambda f, x, value=value: f(x, 1, temperature=value)  # noqa: E731
+        for kind in ("float", "int32", "meta"):
+            make = ODD_TENSORS.get(kind, plain)
+            what = f"{value} as temperature of {kind}"
+            add(what, softmax, call, make, error=ValueError, words="temperature", ours_alone=True)
+    for value in ("Zero", "", "zero ", b"zero", None, 0, True, ["zero"], "nan\0"):
+        call = lambda f, x, value=value: f(x, 1, masked_rows=value)  # noqa: E731
+        add(f"{value!r} as masked_rows", softmax, call, error=ValueError, words="masked_rows", ours_alone=True)
+        call = lambda f, x, value=value: f(x, 1, None, 2.0, value)  # noqa: E731
+        add(f"{value!r} as masked_rows by position", softmax, call, error=ValueError, words="masked_rows", ours_alone=True)
     return table
 
 
@@ -463,6 +484,15 @@ def test_op_with_wrong_parameters(any_row: Row, value: Any) -> None:
     with pytest.raises(RuntimeError, match=r"missing|expected"):
         any_row.op()
     good_call_works(any_row)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf, -math.inf, 2.0**-127, 2.0**127], ids=repr)
+def test_softmax_op_with_wrong_temperature(temperature: float) -> None:
+    for x in (plain(), plain().to("meta")):
+        with pytest.raises(ValueError, match=r"fastact::softmax.*temperature"):
+            torch.ops.fastact.softmax(x, 1, temperature)
+        with pytest.raises(ValueError, match=r"fastact::softmax.*temperature"):
+            torch.ops.fastact.softmax_backward(x, x, 1, temperature)
 
 
 def test_gradient_of_the_wrong_shape(any_row: Row) -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastact._registry import elementwise, softmax
+from fastact._registry import along_dim, elementwise
 from fastact.bench import __main__ as program
 from fastact.bench import cases as cases_module
 from fastact.bench import memory, timing
@@ -78,10 +78,11 @@ def test_every_activation_passes_its_check_and_is_measured_in_every_direction(na
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((4, 7, 3), 1), ((6, 5), 0), ((2, 3, 4, 5), -1)])
-def test_softmax_is_measured_along_any_dim(shape, dim):
-    rows = list(measure([Case(softmax, "float32", "any", shape, dim)], "cpu", 0.0))
+def test_softmaxes_are_measured_along_any_dim(shape, dim):
+    for softmax in along_dim.values():
+        rows = list(measure([Case(softmax, "float32", "any", shape, dim)], "cpu", 0.0))
 
-    assert [(tuple(row.shape), row.dim) for row in rows] == [(shape, dim)] * 3
+        assert [(tuple(row.shape), row.dim) for row in rows] == [(shape, dim)] * 3
 
 
 def test_traffic_and_ratios_follow_from_the_times():
@@ -94,7 +95,7 @@ def test_traffic_and_ratios_follow_from_the_times():
 
 def test_baselines_compute_what_is_measured(any_row):
     """Else a ratio would compare two different things: torch's own op, and what is compiled of it, give our gradient."""
-    case = Case(any_row, "float64", "small", (30, 10), -1 if any_row is softmax else None)
+    case = Case(any_row, "float64", "small", (30, 10), -1 if any_row.name in along_dim else None)
     for direction, side in sides(case, Inputs(case, "cpu")).items():
         torch._dynamo.reset()  # the functions share their code object, of which it keeps a few versions only
         expected = side.ours()
@@ -131,14 +132,14 @@ def test_wrong_forward_is_refused(monkeypatch, capsys, spoil):
 
 def test_wrong_backward_is_refused(any_row):
     wrong = spoiled(any_row, backward_op=lambda *args: any_row.backward_op(*args) * 1.01)
-    shape, dim = ((300,), None) if any_row is not softmax else ((30, 10), -1)
+    shape, dim = ((300,), None) if any_row.name in elementwise else ((30, 10), -1)
 
     with pytest.raises(WrongResult, match=f"{any_row.name} backward, float32"):
         list(measure([Case(wrong, "float32", "wrong", shape, dim)], "cpu", 0.0))
 
 
 def test_report_survives_the_file(tmp_path):
-    rows = list(measure(make_cases([an_op(), softmax.name], ["float32"], quick=True), "cpu", 0.0))
+    rows = list(measure(make_cases([an_op(), *along_dim], ["float32"], quick=True), "cpu", 0.0))
     rows[0] = dataclasses.replace(rows[0], compiled=rows[0].eager, ratio_compiled=1.5)
     report = Report(environment("cpu", ["--quick"]), rows, ["a note"])
 
@@ -255,7 +256,7 @@ class FakeJax:
     def __init__(self):
         self.config = SimpleNamespace(update=lambda *_: None)
         self.dlpack = SimpleNamespace(from_dlpack=lambda tensor: tensor)
-        self.numpy = SimpleNamespace(where=torch.where, tanh=torch.tanh)
+        self.numpy = SimpleNamespace(where=torch.where, tanh=torch.tanh, exp=torch.exp)
         functional = torch.nn.functional
         self.nn = SimpleNamespace(
             sigmoid=torch.sigmoid,
@@ -263,6 +264,7 @@ class FakeJax:
             leaky_relu=functional.leaky_relu,
             elu=functional.elu,
             softmax=torch.softmax,
+            log_softmax=torch.log_softmax,
         )
 
     def devices(self):
@@ -285,6 +287,7 @@ class FakeOnnx:
         "Tanh": torch.tanh,
         "Elu": torch.nn.functional.elu,
         "Softmax": lambda x, axis: torch.softmax(x, axis),
+        "LogSoftmax": lambda x, axis: torch.log_softmax(x, axis),
     }
 
     def __init__(self):
@@ -683,7 +686,7 @@ def test_cases_for_a_gpu():
     assert min(sizes) == 1
     assert max(sizes) * 4 == 1 << 30
     softmax_cases = [case for case in cases if case.dim is not None]
-    assert len({(case.shape, case.dim) for case in softmax_cases}) == len(softmax_cases)
+    assert len({(case.row.name, case.shape, case.dim) for case in softmax_cases}) == len(softmax_cases)
     rows = [case for case in softmax_cases if case.label.startswith("rows of")]
     assert {case.shape[1] for case in rows} >= {1024, 262144}
     assert {case.elements * 4 for case in rows} == {1 << 28}

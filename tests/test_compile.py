@@ -35,7 +35,8 @@ def fresh() -> Iterator[None]:
 def calls(row: _registry.Row) -> list[dict[str, Any]]:
     """Keyword arguments of the public function."""
     if row.along_dim:
-        return [{"dim": 0}, {"dim": -1}, {"dim": 1, "dtype": torch.float64}]
+        more = [{"dim": 0, "temperature": 0.5, "masked_rows": "zero"}] if row.parameters else []
+        return [{"dim": 0}, {"dim": -1}, {"dim": 1, "dtype": torch.float64}, *more]
     given = [dict(zip(row.parameters, values, strict=True)) for values in parameter_sets(row)[:2]]
     if "precise_grad" in row.arguments:
         given.append({"precise_grad": True})

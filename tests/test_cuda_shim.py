@@ -70,7 +70,7 @@ def build_driver(folder: Path) -> Path:
 
 
 def run(program: Path, argument: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([program, argument], capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    return subprocess.run([program, argument], capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def runs(driver: Path) -> dict[str, subprocess.CompletedProcess[str]]:
 
 @pytest.mark.parametrize("numbers", DTYPES)
 def test_kernels(runs: dict[str, subprocess.CompletedProcess[str]], numbers: str) -> None:
-    """Every row and softmax, forward and backward: right, without an overrun, and the same under every schedule."""
+    """Every row, forward and backward: right, without an overrun, and the same under every schedule."""
     done = runs[numbers]
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     print(done.stdout)

@@ -66,7 +66,7 @@ def saved_for(row: Row, x: Tensor, *args: float) -> Tensor:
 
 def slack_of(row: Row, dim: float, y: Tensor, dy: Tensor | None = None) -> Tensor | None:
     """What another layout may change: of elementwise activations nothing, on any device."""
-    return None if row in ELEMENTWISE else softmax_slack(y.dtype, int(dim), y, dy)
+    return None if row in ELEMENTWISE else softmax_slack(y.dtype, int(dim), y, dy, logarithm=row.name == "log_softmax")
 
 
 # ---- Offsets, lengths, guards ----------------------------------------------------------------------------------------

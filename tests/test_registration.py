@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ALL_ROWS, DEVICE, ELEMENTWISE, PUBLIC_ROWS, parameter_sets
+from conftest import ALL_ROWS, ALONG_DIM, DEVICE, ELEMENTWISE, PUBLIC_ROWS, parameter_sets
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -50,7 +50,7 @@ def fill(generator: torch.Generator) -> Fill:
 
 def arguments(row: _registry.Row) -> list[tuple[Any, ...]]:
     """What may follow x in a call of the op."""
-    return [(-1,), (0,)] if row is _registry.softmax else parameter_sets(row)
+    return [(-1,), (0,)] if row in ALONG_DIM else parameter_sets(row)
 
 
 def inplace_op(row: _registry.Row) -> Any:
@@ -104,7 +104,7 @@ def check_ops(row: _registry.Row, x: Tensor, dy: Tensor, values: tuple[Any, ...]
     """All ops of a row, on inputs that require grad where they may."""
     check_op(row.op, [required(x, True)], values)
     check_op(row.backward_op, [required(dy, True), required(x, True)], values)
-    if row is not _registry.softmax:
+    if row in ELEMENTWISE:
         check_op(inplace_op(row), [required(x, False)], values)
 
 
@@ -137,20 +137,27 @@ def test_in_place_ops_survive_tracing(row: _registry.Row, fill: Fill) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0, msg=lambda text: f"{row.name}: {text}")
 
 
+# With defaults, so that calls without them stay what they were.
+OPTIONS = {"softmax": (", float temperature=1., bool masked_zero=False", ", float temperature=1.")}
+
+
 def test_schemas_follow_the_row(any_row: _registry.Row) -> None:
     name = any_row.name
-    saved, parameters = ("y", ", int dim") if any_row is _registry.softmax else ("saved", "")
-    parameters += "".join(f", float {parameter}" for parameter in any_row.parameters)
+    saved, parameters = "saved", "".join(f", float {parameter}" for parameter in any_row.parameters)
+    backward_parameters = parameters
+    if any_row in ALONG_DIM:
+        saved = "y"
+        parameters, backward_parameters = (", int dim" + options for options in OPTIONS.get(name, ("", "")))
     assert str(any_row.op.default._schema) == f"fastact::{name}(Tensor x{parameters}) -> Tensor"
-    assert (
-        str(any_row.backward_op.default._schema) == f"fastact::{name}_backward(Tensor dy, Tensor {saved}{parameters}) -> Tensor"
-    )
-    if any_row is not _registry.softmax:
+    backward = f"fastact::{name}_backward(Tensor dy, Tensor {saved}{backward_parameters}) -> Tensor"
+    assert str(any_row.backward_op.default._schema) == backward
+    if any_row in ELEMENTWISE:
         assert str(inplace_op(any_row).default._schema) == f"fastact::{name}_(Tensor(a!) x{parameters}) -> ()"
 
 
 def test_no_other_ops() -> None:
-    expected = {f"{row.name}{kind}" for row in ELEMENTWISE for kind in ("", "_", "_backward")} | {"softmax", "softmax_backward"}
+    expected = {f"{row.name}{kind}" for row in ELEMENTWISE for kind in ("", "_", "_backward")}
+    expected |= {f"{row.name}{kind}" for row in ALONG_DIM for kind in ("", "_backward")}
     found = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastact::")]
     assert sorted(found) == sorted(f"fastact::{name}" for name in expected)
     for name in expected:
@@ -204,7 +211,7 @@ def strides(x: Tensor) -> tuple[int, ...]:
 
 def test_strides_without_data(any_row: _registry.Row, generator: torch.Generator) -> None:
     """Meta and fake tensors get the layout that the kernel gives: what is compiled for one must fit the other."""
-    values = (0,) if any_row is _registry.softmax else arguments(any_row)[0]
+    values = (0,) if any_row in ALONG_DIM else arguments(any_row)[0]
     for k in range(30):
         x = random_layout(generator)
         # The other tensor of backward has x's shape, but not always its layout.
@@ -235,7 +242,7 @@ def test_dtypes_without_a_kernel_are_refused_without_data_too(any_row: _registry
         for device in (DEVICE, "meta"):
             x = torch.ones(2, 3, dtype=dtype, device=device)
             calls = [lambda x=x: any_row.op(x, *values), lambda x=x: any_row.backward_op(x, x, *values)]
-            if any_row is not _registry.softmax:
+            if any_row in ELEMENTWISE:
                 calls.append(lambda x=x: inplace_op(any_row)(x, *values))
             for call in calls:
                 with pytest.raises(NotImplementedError, match=f"fastact::{any_row.name} not implemented for"):
@@ -292,7 +299,7 @@ def test_signatures(public_row: _registry.Row) -> None:
     function = inspect.signature(public_row.function).parameters.values()
     assert [(p.name, p.default, p.kind) for p in function] == [(p.name, p.default, p.kind) for p in reference]
     assert next(iter(function)).name == "x"
-    for name, default in public_row.parameters.items():
+    for name, default in public_row.parameters.items() if public_row not in ALONG_DIM else ():
         assert parameters_of(public_row)[name] == default
     if hasattr(F, public_row.name):
         try:
@@ -321,7 +328,7 @@ def test_docstrings(public_row: _registry.Row) -> None:
 
 def keywords(row: _registry.Row) -> dict[str, Any]:
     """Something other than the default for every argument after x."""
-    other = {"inplace": True, "dim": 1, "dtype": torch.float64}
+    other = {"inplace": True, "dim": 1, "dtype": torch.float64, "masked_rows": "zero"}
     return {name: other.get(name, 0.5) for name in parameters_of(row)}
 
 
@@ -403,7 +410,7 @@ def test_parameter_as_input(any_row: _registry.Row, fill: Fill) -> None:
 
 def module_arguments(row: _registry.Row) -> list[dict[str, Any]]:
     """For the constructor: nothing, then something other than the default for every argument it has."""
-    other = {"inplace": True, "dim": 1}
+    other = {"inplace": True, "dim": 1, "masked_rows": "zero"}
     signature = inspect.signature(class_in(fastact, row)).parameters.values()
     # nn.Module's own signature, where a class has none, is *args and **kwargs.
     return [{}, {p.name: other.get(p.name, 0.5) for p in signature if p.kind is p.POSITIONAL_OR_KEYWORD}]
@@ -428,7 +435,7 @@ def test_modules_are_their_twins(public_row: _registry.Row) -> None:
         assert module.training
         shown = repr(module)
         extra = {name: value for name, value in given.items() if name not in taken}
-        assert all(f"{name}={value}" in shown for name, value in extra.items())
+        assert all(f"{name}={value!r}" in shown for name, value in extra.items())
         if twin is None:
             continue
         assert isinstance(module, twin)
@@ -442,7 +449,7 @@ def test_modules_are_their_twins(public_row: _registry.Row) -> None:
 
 def test_modules_compute_what_functions_compute(public_row: _registry.Row, fill: Fill) -> None:
     for given in module_arguments(public_row):
-        given = {"dim": 0} if public_row is _registry.softmax and not given else given
+        given = {"dim": 0} if public_row in ALONG_DIM and not given else given
         module = class_in(fastact, public_row)(**given)
         x = fill(3, 4)
         expected = public_row.function(x.clone(), **given)
@@ -451,16 +458,31 @@ def test_modules_compute_what_functions_compute(public_row: _registry.Row, fill:
         assert torch.equal(y, expected)
         assert (y is received) == given.get("inplace", False)
         # What the attributes say now, not what they said when it was made.
-        for name in public_row.parameters:
+        parameters = [name for name in public_row.parameters if hasattr(module, name)]
+        for name in parameters:
             setattr(module, name, 0.75)
-        if public_row.parameters:
-            changed = given | dict.fromkeys(public_row.parameters, 0.75)
+        if parameters:
+            changed = given | dict.fromkeys(parameters, 0.75)
             assert torch.equal(module(x.clone()), public_row.function(x.clone(), **changed))
+
+
+def test_a_module_made_before_it_had_options(fill: Fill) -> None:
+    """Softmax alone has more than its twin: a state without that is one of its defaults."""
+    old = nn.Softmax(1)
+    module = fastact.Softmax.__new__(fastact.Softmax)
+    module.__setstate__(vars(old).copy())
+    x = fill(3, 4)
+    assert torch.equal(module(x), fastact.softmax(x, 1))
+    assert repr(module) == repr(old)
+    # And what was never given is not in what is saved.
+    assert vars(fastact.Softmax(1)).keys() == vars(old).keys()
+    with pytest.raises(TypeError, match="temperature"):
+        fastact.Softmax(1, torch.tensor(2.0))
 
 
 def test_modules_copy_and_pickle(public_row: _registry.Row, fill: Fill) -> None:
     for given in module_arguments(public_row):
-        given = {"dim": 0} if public_row is _registry.softmax and not given else given
+        given = {"dim": 0} if public_row in ALONG_DIM and not given else given
         module = class_in(fastact, public_row)(**given).eval()
         x = fill(3, 4)
         expected = module(x.clone())

@@ -1,4 +1,4 @@
-"""Softmax against its formula in a wider type; one sum order in every layout; torch's dim and dtype.
+"""Softmax and its relatives against their formulas in a wider type; one sum order in every layout; torch's dim and dtype.
 
 On CUDA there are two orders: of rows whose elements are neighbours in memory, and of rows that lie across memory, which also
 depends on how many of those lie side by side. Each is the same wherever and in however large a tensor the rows lie.
@@ -13,16 +13,19 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BEST_ISA, DEVICE, DTYPES, INTEGER, THREAD_COUNTS, bits, softmax_slack
+from conftest import ALONG_DIM, BEST_ISA, DEVICE, DTYPES, INTEGER, THREAD_COUNTS, bits, softmax_slack
 from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 
 import fastact
+from fastact._registry import Row
 
 COLUMNS = 64  # kSoftmaxColumns: columns of one unit of work
 # Of the sum order in softmax.h.
@@ -72,6 +75,46 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str, slack: Tensor 
         )
 
 
+@dataclass(frozen=True)
+class Member:
+    """An op with its options: what is tested as softmax is."""
+
+    name: str
+    temperature: float = 1.0
+    masked_rows: str = "nan"
+
+    @property
+    def row(self) -> Row:
+        return next(row for row in ALONG_DIM if row.name == self.name)
+
+    @property
+    def logarithm(self) -> bool:
+        return self.name == "log_softmax"
+
+    def __str__(self) -> str:
+        return self.name + f" at {self.temperature}" * (self.temperature != 1)
+
+    def forward(self, x: Tensor, dim: int) -> Tensor:
+        options = (self.temperature, self.masked_rows == "zero") if self.row.parameters else ()
+        return self.row.op(x, dim, *options)
+
+    def backward(self, dy: Tensor, y: Tensor, dim: int) -> Tensor:
+        return self.row.backward_op(dy, y, dim, *(self.temperature,) if self.row.parameters else ())
+
+    def function(self, x: Tensor, dim: int) -> Tensor:
+        options = {"temperature": self.temperature, "masked_rows": self.masked_rows} if self.row.parameters else {}
+        return self.row.function(x, dim, **options)
+
+    def slack(self, dtype: torch.dtype, dim: int, y: Tensor, dy: Tensor | None = None) -> Tensor | None:
+        slack = softmax_slack(dtype, dim, y, dy, logarithm=self.logarithm)
+        return None if slack is None else slack * max(1, 1 / self.temperature)
+
+
+SOFTMAX = Member("softmax")
+# Below 1 the distances grow, above they shrink; neither has an exact reciprocal.
+MEMBERS = [*map(Member, [row.name for row in ALONG_DIM]), Member("softmax", 0.3, "zero"), Member("softmax", 7.0)]
+each_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
+
 # ---- The reference and its bounds ------------------------------------------------------------------------------------
 
 # float64 is judged in the processor's extended type, all else in float64.
@@ -89,13 +132,39 @@ def needs_extended(dtype: torch.dtype) -> None:
         pytest.skip("no floating-point type here is wider than float64, so that nothing can judge it")
 
 
-def exact_softmax(x: Array) -> tuple[Array, Array, Array]:
-    """For rows in the last dim: y, |x - max| (0 where x is -inf and y is 0), and its mean weighted by y."""
-    distance = x.max(-1, keepdims=True) - x
+def exact_softmax(x: Array, temperature: float = 1.0) -> tuple[Array, Array, Array]:
+    """For rows in the last dim: y, |x - max| / temperature (0 where x is -inf and y is 0), and its mean weighted by y."""
+    distance = (x.max(-1, keepdims=True) - x) / x.dtype.type(temperature)
     term = np.exp(-distance)
     y = term / term.sum(-1, keepdims=True)
     distance = np.where(np.isinf(distance), 0, distance)
     return y, distance, (y * distance).sum(-1, keepdims=True)
+
+
+def exact(x: Array, member: Member, dtype: torch.dtype, across: bool = False) -> tuple[Array, Array]:
+    """For rows in the last dim: y, and what a result may be off."""
+    y, distance, mean_distance = exact_softmax(x, member.temperature)
+    if not member.logarithm:
+        return y, forward_bound(y, distance, mean_distance, dtype, across, 1 if member.temperature == 1 else 3)
+    below = x.max(-1, keepdims=True) - x
+    logarithm = np.log(np.exp(-below).sum(-1, keepdims=True))
+    return -below - logarithm, log_bound(below, logarithm, mean_distance, dtype, across)
+
+
+def log_bound(below: Array, logarithm: Array, mean_distance: Array, dtype: torch.dtype, across: bool) -> Array:
+    """Of log_softmax: x - max and the result are rounded once each, and the logarithm is good to 2.0 ULP, which is at most 4
+    units of it. What the sum is off relatively, its logarithm is absolutely: as in forward_bound, 3 for an exponential and
+    its part of the sum, and what vanishes of each term.
+    """
+    u = UNIT[dtype]
+    n = below.shape[-1]
+    constant, factor = (16, 2.5) if DEVICE == "cuda" and dtype.itemsize == 2 else (3, 1)
+    tiny = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
+    size = np.where(np.isinf(below), 0, 2 * below + logarithm)
+    bound = u * (size + 4 * logarithm + factor * mean_distance + constant + additions(n, dtype, across)) + 2 * n * tiny
+    if dtype.itemsize == 2:
+        bound = bound + rounding(size + bound, dtype)
+    return bound
 
 
 def additions(n: int, dtype: torch.dtype, across: bool = False) -> int:
@@ -123,20 +192,23 @@ def vanishing_distance(dtype: torch.dtype) -> float:
     return 708.396 if dtype == torch.float64 else 87.3365
 
 
-def forward_bound(y: Array, distance: Array, mean_distance: Array, dtype: torch.dtype, across: bool = False) -> Array:
+def forward_bound(
+    y: Array, distance: Array, mean_distance: Array, dtype: torch.dtype, across: bool = False, roundings: int = 1
+) -> Array:
     """What a result may be off.
 
-    Rounding x - max is a relative error of |x - max| units in the term; so it is in each term of the sum, where terms count
-    by their weight. 8 units more are for two exponentials (2.2 each), the reciprocal and the product, and one for every
-    addition, as if all had the same sign. Terms that vanish count as 0, and a subnormal result is off by up to one unit of
-    that range. A 16-bit type then rounds once more, so that its result is the neighbour of the exact value
-    on one side or the other. On CUDA these take an approximate exponential and reciprocal: 4 units each, and 1.5 |x - max|
-    from the product with log2(e).
+    Rounding x - max is a relative error of |x - max| units in the term, as are the roundings of 1 / temperature and of the
+    product; so it is in each term of the sum, where terms count by their weight. 8 units more are for two exponentials (2.2
+    each), the reciprocal and the product, and one for every addition, as if all had the same sign. Terms that vanish count as
+    0, and a subnormal result is off by up to one unit of that range. A 16-bit type then rounds once more, so that its result
+    is the neighbour of the exact value on one side or the other. On CUDA these take an approximate exponential and
+    reciprocal: 4 units each, and 1.5 |x - max| from the product with log2(e).
     """
     u = UNIT[dtype]
     n = y.shape[-1]
     constant, factor = (16, 2.5) if DEVICE == "cuda" and dtype.itemsize == 2 else (8, 1)
     smallest_normal = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).smallest_normal
+    factor += roundings - 1
     bound = y * u * (factor * (distance + mean_distance) + constant + additions(n, dtype, across))
     bound = bound + 2 * (smallest_normal * 2 * u)
     bound = np.where(distance * (1 + 4 * u) > vanishing_distance(dtype), y + bound, bound)
@@ -145,26 +217,53 @@ def forward_bound(y: Array, distance: Array, mean_distance: Array, dtype: torch.
     return bound
 
 
-def backward_bound(dy: Array, y: Array, dtype: torch.dtype, across: bool = False) -> tuple[Array, Array]:
+def backward_bound(
+    dy: Array, y: Array, dtype: torch.dtype, across: bool = False, member: Member = SOFTMAX
+) -> tuple[Array, Array]:
     """The gradient and what it may be off.
 
     The sum of dy y rounds each product and each addition, in proportion to the magnitudes; the difference and the product with
-    y round once each. 16-bit types round once more, at the end.
+    y round once each, and so do 1 / temperature and the product with that. 16-bit types round once more, at the end.
     """
     u = UNIT[dtype]
+    if member.logarithm:
+        return log_backward_bound(dy, y, dtype, across)
     dot = (dy * y).sum(-1, keepdims=True)
     dx = y * (dy - dot)
     sum_error = (np.abs(dy * y)).sum(-1, keepdims=True) * u * (additions(y.shape[-1], dtype, across) + 2)
     smallest = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).smallest_normal * 2 * u
     # 1.001: the roundings of roundings.
-    bound = 1.001 * np.abs(y) * (sum_error + 2 * u * np.abs(dy - dot)) + (2 + y.shape[-1]) * smallest
+    roundings = 2 if member.temperature == 1 else 4
+    bound = 1.001 * np.abs(y) * (sum_error + roundings * u * np.abs(dy - dot)) + (2 + y.shape[-1]) * smallest
+    t = dy.dtype.type(member.temperature)
+    dx, bound = dx / t, bound / t + (0 if t == 1 else smallest)
+    if dtype.itemsize == 2:
+        bound = bound + rounding(np.abs(dx) + bound, dtype)
+    return dx, bound
+
+
+def log_backward_bound(dy: Array, y: Array, dtype: torch.dtype, across: bool) -> tuple[Array, Array]:
+    """Of log_softmax, dy - exp(y) sum(dy): the additions, an exponential (on CUDA of 16-bit types as in forward_bound), the
+    product and the difference. Probabilities below the normal range count as 0.
+    """
+    u = UNIT[dtype]
+    p = np.exp(y)
+    total, size = dy.sum(-1, keepdims=True), np.abs(dy).sum(-1, keepdims=True)
+    dx = dy - p * total
+    approximate = DEVICE == "cuda" and dtype.itemsize == 2
+    exponential = 4 + 1.5 * np.where(np.isinf(y), 0, np.abs(y)) if approximate else 3
+    smallest = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
+    bound = 1.001 * u * (p * (size * additions(y.shape[-1], dtype, across) + (exponential + 1) * np.abs(total)) + np.abs(dx))
+    bound = bound + smallest * (1 + np.abs(total))
     if dtype.itemsize == 2:
         bound = bound + rounding(np.abs(dx) + bound, dtype)
     return dx, bound
 
 
 def check(actual: Tensor, expected: Array, bound: Array, x: Array, what: str) -> None:
-    error = np.abs(widened(actual) - expected)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(widened(actual) - expected)
+    error = np.where(np.isinf(expected) & (widened(actual) == expected), 0, error)
     wrong = ~(error <= bound)
     if wrong.any():
         at = np.unravel_index(np.argmax(np.where(wrong, error / bound, 0)), wrong.shape)
@@ -231,27 +330,35 @@ SHORT = list(range(1, 301))
 LONG = [511, 512, 513, 1000, 1023, 1024, 1025, 2047, 2049, 4095, 4097, 8193, 30576, 131073]
 
 
+# Of a member other than softmax itself, whose loops are the same.
+FEWER = [*range(1, 40), 63, 64, 65, 100, 129, 257, 300]
+FEWER_LONG = [513, 1000, 1025, 2049, 8193, 30576]
+
+
 @functools.cache
-def cases(profile: Callable[..., Tensor], lengths: str, dtype: torch.dtype, seed: int) -> list[tuple[Tensor, Array, Array]]:
+def cases(
+    profile: Callable[..., Tensor], lengths: str, dtype: torch.dtype, seed: int, member: Member = SOFTMAX
+) -> list[tuple[Tensor, Array, Array]]:
     """For every length: x, y, and the bound; made once for all instruction sets."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     result = []
-    for n in SHORT if lengths == "short" else LONG:
+    short, long = (SHORT, LONG) if member == SOFTMAX else (FEWER, FEWER_LONG)
+    for n in short if lengths == "short" else long:
         x = profile((ROWS if n < 5000 else 1, n), dtype, generator).to(dtype).contiguous()
-        y, *rest = exact_softmax(widened(x))
-        result.append((x, y, forward_bound(y, *rest, dtype)))
+        result.append((x, *exact(widened(x), member, dtype)))
     return result
 
 
+@each_member
 @pytest.mark.parametrize("lengths", ["short", "long"])
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda f: f.__name__)
 def test_forward(
-    profile: Callable[..., Tensor], lengths: str, dtype: torch.dtype, isa: str, generator: torch.Generator
+    profile: Callable[..., Tensor], lengths: str, member: Member, dtype: torch.dtype, isa: str, generator: torch.Generator
 ) -> None:
     needs_extended(dtype)
-    for x, y, bound in cases(profile, lengths, dtype, generator.initial_seed()):
-        what = f"softmax {dtype} {isa} {profile.__name__}, {len(x)} rows of {x.shape[1]}"
-        check(softmax(x, 1), y, bound, x, what)
+    for x, y, bound in cases(profile, lengths, dtype, generator.initial_seed(), member):
+        what = f"{member} {dtype} {isa} {profile.__name__}, {len(x)} rows of {x.shape[1]}"
+        check(member.forward(x, 1), y, bound, x, what)
 
 
 def sum_tolerance(n: int) -> float:
@@ -284,43 +391,44 @@ def test_row_sums_of_equal_elements(n: int, isa: str) -> None:
     )
 
 
+@each_member
 @pytest.mark.parametrize("lengths", ["short", "long"])
-def test_backward(lengths: str, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+def test_backward(lengths: str, member: Member, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
     """From the saved y, rounded as it is, and dy: what an exact backward would make of them."""
     needs_extended(dtype)
     for profile in [normal, narrow, spread]:
-        for x, *_ in cases(profile, lengths, dtype, generator.initial_seed()):
-            y = softmax(x, 1)
+        for x, *_ in cases(profile, lengths, dtype, generator.initial_seed(), member):
+            y = member.forward(x, 1)
             scale = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64)[: len(x), None]
             dy = (torch.randn(x.shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
-            dx, bound = backward_bound(widened(dy), widened(y), dtype)
-            what = f"softmax gradient {dtype} {isa} {profile.__name__}, {len(x)} rows of {x.shape[1]}"
-            check(softmax_backward(dy, y, 1), dx, bound, widened(dy), what)
+            dx, bound = backward_bound(widened(dy), widened(y), dtype, member=member)
+            what = f"{member} gradient {dtype} {isa} {profile.__name__}, {len(x)} rows of {x.shape[1]}"
+            check(member.backward(dy, y, 1), dx, bound, widened(dy), what)
             leaf = x.clone().requires_grad_()
-            check(torch.autograd.grad(fastact.softmax(leaf, 1), leaf, dy)[0], dx, bound, widened(dy), f"{what}, autograd")
+            check(torch.autograd.grad(member.function(leaf, 1), leaf, dy)[0], dx, bound, widened(dy), f"{what}, autograd")
 
 
+@each_member
 @pytest.mark.parametrize("n", [2, 5, 10, 65, 1030])
-def test_inner_sizes(n: int, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+def test_inner_sizes(n: int, member: Member, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
     """Rows that are columns in memory, in the first dim, the middle and, with a size-1 dim, before the last."""
     needs_extended(dtype)
-    inner_sizes = range(1, 131) if n < 100 else [1, 2, 7, COLUMNS - 1, COLUMNS, COLUMNS + 1, 130]
-    for inner in inner_sizes:
+    every = range(1, 131) if n < 100 and member == SOFTMAX else []
+    for inner in every or [1, 2, 7, COLUMNS - 1, COLUMNS, COLUMNS + 1, 130]:
         x = (torch.randn((2, n, inner), generator=generator, dtype=torch.float64) * 3).to(dtype)
-        y, *rest = exact_softmax(np.moveaxis(widened(x), 1, 2))
-        y, bound = (np.moveaxis(a, 2, 1) for a in (y, forward_bound(y, *rest, dtype, across=True)))
-        what = f"softmax {dtype} {isa}, {n} rows of inner size {inner}"
-        check(softmax(x, 1), y, bound, x, f"{what}, dim 1")
-        check(softmax(x, -2), y, bound, x, f"{what}, dim -2")
-        check(softmax(x[0], 0), y[0], bound[0], x[0], f"{what}, dim 0")
-        check(softmax(x[0], -2), y[0], bound[0], x[0], f"{what}, dim -2 of 2")
-        check(softmax(x[1, :, None], 0), y[1, :, None], bound[1, :, None], x[1, :, None], f"{what}, dim 0 of 3")
+        y, bound = (np.moveaxis(a, 2, 1) for a in exact(np.moveaxis(widened(x), 1, 2), member, dtype, across=True))
+        what = f"{member} {dtype} {isa}, {n} rows of inner size {inner}"
+        check(member.forward(x, 1), y, bound, x, f"{what}, dim 1")
+        check(member.forward(x, -2), y, bound, x, f"{what}, dim -2")
+        check(member.forward(x[0], 0), y[0], bound[0], x[0], f"{what}, dim 0")
+        check(member.forward(x[0], -2), y[0], bound[0], x[0], f"{what}, dim -2 of 2")
+        check(member.forward(x[1, :, None], 0), y[1, :, None], bound[1, :, None], x[1, :, None], f"{what}, dim 0 of 3")
 
-        saved = softmax(x, 1)
+        saved = member.forward(x, 1)
         dy = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)
         wide = [np.moveaxis(widened(t), 1, 2) for t in (dy, saved)]
-        dx, bound = (np.moveaxis(a, 2, 1) for a in backward_bound(*wide, dtype, across=True))
-        check(softmax_backward(dy, saved, 1), dx, bound, widened(dy), f"{what}, gradient")
+        dx, bound = (np.moveaxis(a, 2, 1) for a in backward_bound(*wide, dtype, across=True, member=member))
+        check(member.backward(dy, saved, 1), dx, bound, widened(dy), f"{what}, gradient")
 
 
 # Worked out by hand; the third by e^1, e^2, e^3 over their sum, to 17 digits.
@@ -345,12 +453,152 @@ def test_literal_rows(k: int, isa: str) -> None:
     assert ((single - y) / y).abs().max() <= 2.0**-24 * (x.abs().max() + 20)
 
 
+@pytest.mark.parametrize("k", range(len(LITERAL)))
+def test_literal_rows_of_log_softmax(k: int, isa: str) -> None:
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in LITERAL[k])
+    for dtype, unit in ((torch.float64, 2.0**-53), (torch.float32, 2.0**-24)):
+        error = (fastact.log_softmax(x.to(dtype), 0).double() - y.log()).abs().max()
+        # The rounding of the inputs, whose largest is 1000, and of a few steps with numbers up to 9.
+        assert error <= unit * (x.abs().max() + 40), f"{LITERAL[k][0][:4]}: off by {error}, {dtype} {isa}"
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_literal_rows_at_a_temperature(temperature: float, isa: str) -> None:
+    """exp(log(k) / T): the squares of 1 to 10, and their roots."""
+    x = torch.arange(1, 11, dtype=torch.float64).log()
+    powers = torch.arange(1, 11, dtype=torch.float64) ** (1 / temperature)
+    y = fastact.softmax(x, 0, temperature=temperature)
+    # Distances of up to log(10) / T, with three roundings each, and the rounding of x.
+    assert ((y - powers / powers.sum()) / y).abs().max() <= 2.0**-53 * 50, isa
+
+
 def test_literal_gradient(isa: str) -> None:
     """y = (1/6, 1/3, 1/2) and dy = (1, 0, 0): dx_j = y_j (dy_j - 1/6)."""
     x = torch.tensor(LITERAL[0][0], dtype=torch.float64, requires_grad=True)
     (dx,) = torch.autograd.grad(fastact.softmax(x, 0)[0], x)
     # A few roundings of numbers below 1.
     assert (dx - torch.tensor([5 / 36, -1 / 18, -1 / 12], dtype=torch.float64)).abs().max() <= 1e-15
+
+
+# ---- Temperature -----------------------------------------------------------------------------------------------------
+
+# torch itself calls it, the first time that forward mode is used.
+jit_is_deprecated = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+def ways(temperature: float, masked_rows: str, dim: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """To call softmax with its options."""
+    masked_zero = masked_rows == "zero"
+    return {
+        "function": lambda x: fastact.softmax(x, dim, temperature=temperature, masked_rows=masked_rows),
+        "by position": lambda x: fastact.softmax(x, dim, None, temperature, masked_rows),
+        "module": fastact.Softmax(dim, temperature, masked_rows),
+        "op": lambda x: softmax(x, dim, temperature, masked_zero),
+        "Function": lambda x: fastact.autograd.Softmax.apply(x, dim, temperature, masked_zero),
+    }
+
+
+@pytest.mark.parametrize("masked_rows", ["nan", "zero"])
+@pytest.mark.parametrize("temperature", [1, 0.5, 3.0])
+def test_every_way_to_call(temperature: float, masked_rows: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    x = normal((4, 9), dtype, generator).to(dtype)
+    x[2] = -math.inf
+    dy = normal((4, 9), dtype, generator).to(dtype)
+    for dim in (0, 1):
+        y = softmax(x, dim, temperature, masked_rows == "zero")
+        dx = softmax_backward(dy, y, dim, temperature)
+        for name, call in ways(temperature, masked_rows, dim).items():
+            leaf = x.clone().requires_grad_()
+            torch.testing.assert_close(call(x), y, rtol=0, atol=0, equal_nan=True, msg=name)
+            (got,) = torch.autograd.grad(call(leaf), leaf, dy)
+            torch.testing.assert_close(got, dx, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_a_temperature_of_1_changes_nothing(dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+    for shape, dim in [((70, 10), 1), ((5, 1000), 1), ((100, 70), 0)]:
+        x, dy = (normal(shape, dtype, generator).to(dtype) for _ in range(2))
+        y = softmax(x, dim)
+        what = f"softmax {dtype} {isa} {shape}"
+        for temperature in (1, 1.0, True):
+            assert_same_bits(fastact.softmax(x, dim, temperature=temperature), y, what)
+        assert_same_bits(softmax_backward(dy, y, dim, 1.0), softmax_backward(dy, y, dim), f"{what}, gradient")
+        # A power of two is divided by without a rounding, in loops that are not those of 1.
+        assert_same_bits(softmax(2 * x, dim, 2.0), y, f"{what}, of twice x at a temperature of 2")
+        doubled = softmax_backward(dy, y, dim, 0.5)
+        if dtype.itemsize > 2:  # where a subnormal result is rounded after it is doubled
+            assert_same_bits(doubled / 2, softmax_backward(dy, y, dim), f"{what}, gradient at a temperature of 1/2")
+
+
+@jit_is_deprecated
+@pytest.mark.parametrize("masked_rows", ["nan", "zero"])
+@pytest.mark.parametrize("temperature", [0.4, 2.5])
+@pytest.mark.parametrize("way", ["function", "op", "Function"])
+def test_gradients_at_a_temperature(way: str, temperature: float, masked_rows: str, generator: torch.Generator) -> None:
+    forward_mode = way != "Function"  # which has no jvp
+    for shape, dim in [((3, 4), 1), ((3, 4), 0), ((2, 3, 2), 1)]:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        call = ways(temperature, masked_rows, dim)[way]
+        assert gradcheck(
+            call, x, check_forward_ad=forward_mode, check_batched_grad=True, check_batched_forward_grad=forward_mode
+        )
+        assert gradgradcheck(call, x, check_fwd_over_rev=forward_mode, check_batched_grad=True)
+        y = torch.rand(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        dy = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+        def backward(dy: Tensor, y: Tensor, dim: int = dim) -> Tensor:
+            return softmax_backward(dy, y, dim, temperature)
+
+        assert gradcheck(backward, (dy, y), check_forward_ad=True)
+        assert gradgradcheck(backward, (dy, y), check_fwd_over_rev=True)
+
+
+def test_second_order_of_masked_rows(generator: torch.Generator) -> None:
+    """All of it is 0 there, and what it is without them elsewhere."""
+    x, weight = (torch.randn((3, 4), generator=generator, dtype=torch.float64) for _ in range(2))
+    x[1] = -math.inf
+    found = []
+    for part in (slice(None), [0, 2]):
+        leaf = x[part].clone().requires_grad_()
+        y = fastact.softmax(leaf, 1, temperature=0.7, masked_rows="zero")
+        (dx,) = torch.autograd.grad(y, leaf, weight[part], create_graph=True)
+        (ddx,) = torch.autograd.grad((dx * dx).sum(), leaf)
+        found.append((y.detach(), dx.detach(), ddx))
+    for masked, plain in zip(*found, strict=True):
+        assert (masked[1] == 0).all()
+        assert_same_bits(masked[[0, 2]], plain, "rows beside a masked one")
+
+
+@pytest.mark.parametrize("masked_rows", ["nan", "zero"])
+def test_temperature_as_a_tensor(masked_rows: str, generator: torch.Generator) -> None:
+    """In plain torch, so that it has a gradient; one for all, or one for every row."""
+    x = torch.randn((3, 4), generator=generator, dtype=torch.float64).requires_grad_()
+
+    def call(x: Tensor, temperature: Tensor) -> Tensor:
+        return fastact.softmax(x, 1, temperature=temperature, masked_rows=masked_rows)
+
+    for shape in [(), (1,), (3, 1)]:
+        temperature = (torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5).requires_grad_()
+        # Some roundings of numbers below 1.
+        assert (call(x, temperature) - torch.softmax(x / temperature, 1)).abs().max() <= 1e-15
+        assert gradcheck(call, (x, temperature))
+    # What is masked stays out of the gradient of the temperature.
+    temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    masked = x.detach().clone()
+    masked[1, 2:] = -math.inf
+    if masked_rows == "zero":
+        masked[2] = -math.inf
+    y = call(masked, temperature)
+    assert (y.detach() - fastact.softmax(masked, 1, temperature=0.7, masked_rows=masked_rows)).abs().max() <= 1e-15
+    (slope,) = torch.autograd.grad((y * x.detach()).sum(), temperature)
+    assert slope.isfinite()
+
+
+@pytest.mark.parametrize("options", [(2.0, False), (2.0, True), (1.0, True)], ids=str)
+def test_opcheck_with_options(options: tuple[float, bool], generator: torch.Generator) -> None:
+    for layout in (lambda t: t, Tensor.t):
+        x, y, dy = (layout(torch.randn((3, 4), generator=generator)).requires_grad_() for _ in range(3))
+        assert set(torch.library.opcheck(softmax.default, (x, 1, *options)).values()) == {"SUCCESS"}
+        assert set(torch.library.opcheck(softmax_backward.default, (dy, y, 0, options[0])).values()) == {"SUCCESS"}
 
 
 # ---- Properties ------------------------------------------------------------------------------------------------------
@@ -433,26 +681,28 @@ def columns_of(rows: Tensor) -> Tensor:
     return rows.t().contiguous()
 
 
-def check_layouts(x: Tensor, dy: Tensor, what: str) -> None:
-    y = softmax(x, 1)
-    dx = softmax_backward(dy, y, 1)
-    y_across = softmax(columns_of(x), 0).t()
-    dx_across = softmax_backward(columns_of(dy), columns_of(y), 0).t()
+def check_layouts(member: Member, x: Tensor, dy: Tensor, what: str) -> None:
+    y = member.forward(x, 1)
+    dx = member.backward(dy, y, 1)
+    y_across = member.forward(columns_of(x), 0).t()
+    dx_across = member.backward(columns_of(dy), columns_of(y), 0).t()
     for (name, view, dim, back), (_, dy_view, _, _), (_, y_view, _, _) in zip(layouts(x), layouts(dy), layouts(y), strict=True):
-        assert_same_bits(back(softmax(view, dim)), in_layout(name, y, y_across), f"{what}, {name}")
-        got = back(softmax_backward(dy_view, y_view, dim))
+        assert_same_bits(back(member.forward(view, dim)), in_layout(name, y, y_across), f"{what}, {name}")
+        got = back(member.backward(dy_view, y_view, dim))
         assert_same_bits(got, in_layout(name, dx, dx_across), f"{what}, {name}, gradient")
-    assert_same_bits(y_across, y, f"{what}, across", softmax_slack(x.dtype, 1, y))
-    assert_same_bits(dx_across, dx, f"{what}, across, gradient", softmax_slack(x.dtype, 1, y, dy))
+    assert_same_bits(y_across, y, f"{what}, across", member.slack(x.dtype, 1, y))
+    assert_same_bits(dx_across, dx, f"{what}, across, gradient", member.slack(x.dtype, 1, y, dy))
 
 
-def test_same_rows_in_every_layout(dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+@each_member
+def test_same_rows_in_every_layout(member: Member, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
     """softmax.h defines one order of the sums, so that where a row lies cannot be seen in its result."""
-    for n in [*LAYOUT_LENGTHS, *LAYOUT_LONG]:
+    lengths = [*LAYOUT_LENGTHS, *LAYOUT_LONG]
+    for n in lengths if member == SOFTMAX else lengths[::3]:
         for count in [COLUMNS + 3, 5] if n <= 300 else [5]:
             # Gradients of all sizes and signs: no sum of them is right by chance.
             x, dy = (normal((count, n), dtype, generator).to(dtype) for _ in range(2))
-            check_layouts(x, dy, f"softmax {dtype} {isa}, {count} rows of {n}")
+            check_layouts(member, x, dy, f"{member} {dtype} {isa}, {count} rows of {n}")
 
 
 def test_same_zeros_in_every_layout(dtype: torch.dtype, isa: str) -> None:
@@ -485,6 +735,7 @@ def test_number_of_rows(dtype: torch.dtype, isa: str, generator: torch.Generator
         assert_same_bits(softmax(columns_of(x)[:, 3:36], 0).t(), y[3:36], what, slack)
 
 
+@each_member
 @pytest.mark.parametrize(
     ("shape", "dim"),
     [
@@ -499,23 +750,23 @@ def test_number_of_rows(dtype: torch.dtype, isa: str, generator: torch.Generator
     ],
     ids=str,
 )
-def test_threads(shape: tuple[int, ...], dim: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_threads(shape: tuple[int, ...], dim: int, member: Member, dtype: torch.dtype, generator: torch.Generator) -> None:
     x, dy = (normal(shape, dtype, generator).to(dtype) for _ in range(2))
-    y = softmax(x, dim)
-    dx = softmax_backward(dy, y, dim)
+    y = member.forward(x, dim)
+    dx = member.backward(dy, y, dim)
     assert x.numel() > 2 * 32768
     # Rows and layouts of their own, as one thread sees them.
     for at in (0, shape[1 - dim] // 2, shape[1 - dim] - 1) if len(shape) == 2 else ():
-        alone = softmax(x.select(1 - dim, at).clone(), 0)
-        slack = softmax_slack(dtype, 0, alone) if dim == 0 else None
-        assert_same_bits(y.select(1 - dim, at), alone, f"softmax {dtype} {shape}, row {at}", slack)
+        alone = member.forward(x.select(1 - dim, at).clone(), 0)
+        slack = member.slack(dtype, 0, alone) if dim == 0 else None
+        assert_same_bits(y.select(1 - dim, at), alone, f"{member} {dtype} {shape}, row {at}", slack)
     for count in THREAD_COUNTS:
         torch.set_num_threads(count)
-        what = f"softmax {dtype} {shape}, dim {dim}, {count} threads"
-        assert_same_bits(softmax(x, dim), y, what)
-        assert_same_bits(softmax_backward(dy, y, dim), dx, f"{what}, gradient")
+        what = f"{member} {dtype} {shape}, dim {dim}, {count} threads"
+        assert_same_bits(member.forward(x, dim), y, what)
+        assert_same_bits(member.backward(dy, y, dim), dx, f"{what}, gradient")
         flipped = x.transpose(0, -1).contiguous().transpose(0, -1)
-        assert_same_bits(softmax(flipped, dim), y, f"{what}, transposed in memory", softmax_slack(dtype, dim, y))
+        assert_same_bits(member.forward(flipped, dim), y, f"{what}, transposed in memory", member.slack(dtype, dim, y))
 
 
 def test_expanded_gradients(dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
@@ -540,12 +791,17 @@ def test_expanded_gradients(dtype: torch.dtype, isa: str, generator: torch.Gener
 
 
 @pytest.mark.parametrize("rank", range(5))
-def test_implicit_dim(rank: int, generator: torch.Generator) -> None:
+def test_implicit_dim(along: Row, rank: int, generator: torch.Generator) -> None:
     """Torch's choice, with torch's warning, at the line of the caller."""
     x = torch.randn((2, 3, 4, 5)[:rank], generator=generator)
     with pytest.warns(UserWarning, match="Implicit dimension choice") as theirs:
-        expected = F.softmax(x)
-    calls = [lambda: fastact.softmax(x), lambda: fastact.softmax(x, None), lambda: fastact.softmax(x, dim=None)]
+        expected = getattr(F, along.name)(x)
+    calls = [lambda: along.function(x), lambda: along.function(x, None), lambda: along.function(x, dim=None)]
+    if along.name == "softmax":
+        calls.append(lambda: fastact.softmax(x, masked_rows="zero"))
+        with pytest.warns(UserWarning, match="Implicit dimension choice"):
+            reference = fastact.softmax(x, temperature=torch.tensor(1.0), masked_rows="zero")
+        torch.testing.assert_close(reference, expected)
     for call in calls:
         with pytest.warns(UserWarning, match="Implicit dimension choice") as ours:
             y = call()
@@ -591,26 +847,26 @@ def test_one_element_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4), (2, 3, 4, 5), (3, 0), (0,)], ids=str)
-def test_dim_out_of_range(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_dim_out_of_range(along: Row, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """The exception and the words of torch."""
     x = torch.zeros(shape, dtype=dtype)
     rank = max(len(shape), 1)
     for dim in (rank, -rank - 1, 100, -100, 2**62, 2**63 - 1, -(2**63)):
         with pytest.raises(IndexError) as theirs:
-            torch.softmax(x, dim)
-        for call in (fastact.softmax, softmax, lambda x, dim: softmax_backward(x, x, dim)):
+            getattr(torch, along.name)(x, dim)
+        for call in (along.function, along.op, lambda x, dim: along.backward_op(x, x, dim)):
             with pytest.raises(IndexError) as ours:
                 call(x, dim)
             assert str(ours.value).partition("\n")[0] == str(theirs.value).partition("\n")[0]
         with pytest.raises(IndexError):
-            fastact.softmax(x.to("meta"), dim)
+            along.function(x.to("meta"), dim)
 
 
 # ---- dtype -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wanted", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_dtype_argument(wanted: torch.dtype, dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_dtype_argument(along: Row, wanted: torch.dtype, dtype: torch.dtype, generator: torch.Generator) -> None:
     """x is cast first; its gradient comes back in its own dtype."""
     x = normal((4, 9), dtype, generator).to(dtype).requires_grad_()
     dy = normal((4, 9), wanted, generator).to(wanted)
@@ -619,27 +875,27 @@ def test_dtype_argument(wanted: torch.dtype, dtype: torch.dtype, generator: torc
         lambda f, x: f(x, dim=1, dtype=wanted),
         lambda f, x: f(x, -1, dtype=wanted),
     ]:
-        y, plain = call(fastact.softmax, x), call(F.softmax, x)
+        y, plain = call(along.function, x), call(getattr(F, along.name), x)
         assert y.dtype == plain.dtype == wanted
-        assert_same_bits(y.detach(), softmax(x.detach().to(wanted), 1), f"softmax of {dtype} as {wanted}")
+        assert_same_bits(y.detach(), along.op(x.detach().to(wanted), 1), f"{along.name} of {dtype} as {wanted}")
         (dx,), (plain_dx,) = (torch.autograd.grad(out, x, dy) for out in (y, plain))
         assert dx.dtype == plain_dx.dtype == dtype
-        expected = softmax_backward(dy, softmax(x.detach().to(wanted), 1), 1).to(dtype)
-        assert_same_bits(dx, expected, f"softmax gradient of {dtype} as {wanted}")
-    assert_same_bits(fastact.softmax(x.detach(), 1, wanted), y.detach(), "by position")
+        expected = along.backward_op(dy, along.op(x.detach().to(wanted), 1), 1).to(dtype)
+        assert_same_bits(dx, expected, f"{along.name} gradient of {dtype} as {wanted}")
+    assert_same_bits(along.function(x.detach(), 1, wanted), y.detach(), "by position")
 
 
 @pytest.mark.parametrize("source", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
-def test_dtype_argument_of_integers(source: torch.dtype, dtype: torch.dtype) -> None:
+def test_dtype_argument_of_integers(along: Row, source: torch.dtype, dtype: torch.dtype) -> None:
     x = torch.tensor([[0, 1, 1, 3], [2, 0, 0, 1]]).to(source)
-    y = fastact.softmax(x, 1, dtype=dtype)
-    assert y.dtype == F.softmax(x, 1, dtype=dtype).dtype == dtype
-    assert_same_bits(y, softmax(x.to(dtype), 1), f"softmax of {source} as {dtype}")
+    y = along.function(x, 1, dtype=dtype)
+    assert y.dtype == getattr(F, along.name)(x, 1, dtype=dtype).dtype == dtype
+    assert_same_bits(y, along.op(x.to(dtype), 1), f"{along.name} of {source} as {dtype}")
 
 
-def test_dtype_none_is_that_of_x(dtype: torch.dtype) -> None:
-    assert fastact.softmax(torch.zeros(3, dtype=dtype), 0, dtype=None).dtype == dtype
-    assert fastact.softmax(torch.zeros(3, dtype=dtype), 0, None).dtype == dtype
+def test_dtype_none_is_that_of_x(along: Row, dtype: torch.dtype) -> None:
+    assert along.function(torch.zeros(3, dtype=dtype), 0, dtype=None).dtype == dtype
+    assert along.function(torch.zeros(3, dtype=dtype), 0, None).dtype == dtype
 
 
 def test_best_isa_is_in_use() -> None:

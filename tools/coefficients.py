@@ -44,7 +44,7 @@ def series(f: Callable[[mp.mpf], mp.mpf], taylor: list[mp.mpf], u: mp.mpf) -> mp
 
 EXPM1 = [1 / mp.factorial(k + 2) for k in range(14)]
 TANH = [c for c in mp.taylor(mp.tanh, 0, 31)[3::2]]
-LOG1P = [mp.mpf(2) / (2 * k + 3) for k in range(14)]
+ATANH = [mp.mpf(2) / (2 * k + 3) for k in range(14)]
 
 
 def expm1_tail(r: mp.mpf) -> mp.mpf:
@@ -63,15 +63,16 @@ def tanh_weight(z: mp.mpf) -> mp.mpf:
     return mp.mpf(1) if z == 0 else z / (mp.tanh(mp.sqrt(z)) / mp.sqrt(z))
 
 
-def log1p_tail(z: mp.mpf) -> mp.mpf:
-    return series(lambda u: 2 * (mp.atanh(mp.sqrt(u)) / mp.sqrt(u) - 1) / u, LOG1P, z)
+def atanh_tail(z: mp.mpf) -> mp.mpf:
+    return series(lambda u: 2 * (mp.atanh(mp.sqrt(u)) / mp.sqrt(u) - 1) / u, ATANH, z)
 
 
-def log1p_weight(z: mp.mpf) -> mp.mpf:
-    return z / 2 if z == 0 else z / (2 * mp.atanh(mp.sqrt(z)) / mp.sqrt(z))
+def atanh_weight(z: mp.mpf) -> mp.mpf:
+    return mp.mpf(0) if z == 0 else z / (2 * mp.atanh(mp.sqrt(z)) / mp.sqrt(z))
 
 
 HALF = LN2 / 2 * mp.mpf("1.0005")  # rounding x / ln 2 may miss the nearest integer by a little
+ATANH_END = mp.mpf("0.2") ** 2
 FITS = [
     Fit("exp2_tail", "(2^f - 1) / f of f", exp2_tail, lambda f: f / 2**f, -HALF / LN2, HALF / LN2, 4, "float"),
     # exp: relative to exp(r) itself, because the 1 is added before the result is scaled. (double uses expm1's table.)
@@ -101,20 +102,9 @@ FITS = [
     Fit(
         "tanh_tail<double>", "(tanh x - x) / x^3 of x^2", tanh_tail, tanh_weight, mp.mpf(0), mp.mpf("0.625") ** 2, 11, "double"
     ),
-    # log1p: relative to 2 atanh s = log(1 + 2 s / (1 - s)).
-    Fit(
-        "log1p_tail<float>", "2 (atanh s - s) / s^3 of s^2", log1p_tail, log1p_weight, mp.mpf(0), mp.mpf("0.2") ** 2, 2, "float"
-    ),
-    Fit(
-        "log1p_tail<double>",
-        "2 (atanh s - s) / s^3 of s^2",
-        log1p_tail,
-        log1p_weight,
-        mp.mpf(0),
-        mp.mpf("0.2") ** 2,
-        8,
-        "double",
-    ),
+    # atanh, in logarithms: log1p on [-1/4, 1/2] takes it to 0.2, log between the roots of 1/2 and 2 to 0.1716.
+    Fit("atanh_tail<float>", "2 (atanh s - s) / s^3 of s^2", atanh_tail, atanh_weight, mp.mpf(0), ATANH_END, 2, "float"),
+    Fit("atanh_tail<double>", "2 (atanh s - s) / s^3 of s^2", atanh_tail, atanh_weight, mp.mpf(0), ATANH_END, 8, "double"),
 ]
 
 

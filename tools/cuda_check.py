@@ -36,7 +36,7 @@ OLDEST_NVCC = (13, 0)  # the first that knows all of the default architectures a
 
 @dataclass
 class Kernel:
-    name: str  # as softmax_rows<BFloat16, 8, 32>
+    name: str  # as softmax_rows<Softmax, BFloat16, 8, 32>
     architecture: str
     registers: int = 0
     shared: int = 0  # bytes, besides those that a launch asks for
@@ -69,13 +69,15 @@ class Kernel:
         """The 16-byte loads and stores it must have: of every pack that a thread holds, so that none is moved in parts."""
         if match := re.match(r"elementwise<(Forward|Backward)", self.name):
             return UNROLL * (1 if match[1] == "Forward" else 2), UNROLL
-        match = re.match(r"softmax_(backward_)?(rows|columns)<\w+, (\d+), (\d+)", self.name)
+        match = re.match(r"softmax_(backward_)?(rows|columns)<\w+, \w+, (\d+), (\d+)", self.name)
         # Others take one element at a time, for what does not come in packs, or add up what these have left.
         if not match or match[3] == "1":
             return 0, 0
         packs = int(match[4]) // int(match[3]) if match[2] == "rows" else int(match[4])
-        # The first of two passes over a long row only sums.
-        return packs * (2 if match[1] else 1), 0 if self.name.endswith(" part>") else packs
+        # The first of two passes over a long row only sums, for which LogSoftmax has no use for y.
+        part = self.name.endswith(" part>")
+        inputs = 2 if match[1] and not (part and "<LogSoftmax" in self.name) else 1
+        return packs * inputs, 0 if part else packs
 
 
 def tool(name: str) -> str | None:

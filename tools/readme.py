@@ -56,10 +56,12 @@ def speeds() -> str:
         for dtype in dtypes:
             cells = [pair(ratios, op, label, dtype) for op in elementwise]
             lines.append(f"| {shown} | {dtype} | " + " | ".join(cells) + " |")
-    lines += ["", "| softmax | shape, dim | " + " | ".join(dtypes) + " |", "| --- | --- | --- | --- |"]
-    for row in report.rows:
-        if row.op == "softmax" and row.dtype == dtypes[0] and row.direction == "forward":
-            cells = [pair(ratios, "softmax", row.label, dtype) for dtype in dtypes]
+    for op in _registry.along_dim:
+        shapes = [row for row in report.rows if row.op == op and row.dtype == dtypes[0] and row.direction == "forward"]
+        if shapes:
+            lines += ["", f"| {op} | shape, dim | " + " | ".join(dtypes) + " |", "| --- | --- | --- | --- |"]
+        for row in shapes:
+            cells = [pair(ratios, op, row.label, dtype) for dtype in dtypes]
             lines.append(f"| {row.label} | {tuple(row.shape)}, {row.dim} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *rivals(report)])
 

@@ -1,5 +1,5 @@
-// Softmax over the two ways in which rows can lie in memory: along vectors, or side by side in their lanes (rows that are
-// columns of a matrix; and short contiguous rows, once they are transposed).
+// The functors of softmax.h (F) over the two ways in which rows can lie in memory: along vectors, or side by side in their
+// lanes (rows that are columns of a matrix; and short contiguous rows, once they are transposed).
 #pragma once
 
 #include "../kernels.h"
@@ -16,8 +16,6 @@ constexpr int kShortRow = 32, kShortRowBackward = 16;
 
 /// Bytes for the rows at work, in the compute type and on the stack: what they should take to stay in L1, and the most.
 constexpr int kNear = 32768, kScratch = 327680;
-
-constexpr double kInfinity = __builtin_inf();
 
 // ---- Vectors abreast -------------------------------------------------------------------------------------------------
 
@@ -201,7 +199,7 @@ template <class V>
 struct RowMaximum {
   Abreast<V, kAbreast> part;
 
-  FASTACT_FN RowMaximum() : part(-kInfinity) {}
+  FASTACT_FN explicit RowMaximum(V least) : part(least) {}
   template <int K>
   FASTACT_FN void add(Abreast<V, K> v) {
 #pragma GCC unroll 4
@@ -210,26 +208,29 @@ struct RowMaximum {
   FASTACT_FN V result() { return largest(max(max(part.part[0], part.part[1]), max(part.part[2], part.part[3]))); }
 };
 
-/// While a row is scaled, the next one is searched for its maximum, which brings it into L1.
-template <class S>
-void long_rows(const S* x, S* y, int64_t n, int64_t rows) {
+/// While a row is finished, the next one is searched for its maximum, which brings it into L1.
+template <template <class> class F, class S>
+void long_rows(const S* x, S* y, int64_t n, int64_t rows, F<LaneOf<S>> f) {
   using V = LaneOf<S>;
   using T = typename V::Element;
-  // The terms wait for their scale in y itself where it can hold them, else in a buffer, else they are computed again.
-  constexpr bool in_place = sizeof(S) == sizeof(T);
-  T scratch[in_place ? 1 : kScratch / sizeof(T)];
-  const bool kept = in_place || n <= int64_t(kScratch / sizeof(T));
+  // Terms that are wanted wait in y itself where it can hold them, else in a buffer, else they are computed again.
+  constexpr bool wanted = F<V>::keeps_terms, in_place = wanted && sizeof(S) == sizeof(T);
+  T scratch[!wanted || in_place ? 1 : kScratch / sizeof(T)];
+  const bool kept = wanted && (in_place || n <= int64_t(kScratch / sizeof(T)));
 
-  RowMaximum<V> first;
+  RowMaximum<V> first(f.least());
   each_chunk<V>(0, n, [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
     first.add(Abreast<V, decltype(k)::value>::read(x + i, last, V(-kInfinity)));
   });
   V maximum = first.result();
   for (int64_t row = 0; row < rows; ++row, x += n, y += n) {
     T* terms = in_place ? reinterpret_cast<T*>(y) : scratch;
+    const auto x_at = [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
+      return Abreast<V, decltype(k)::value>::read(x + i, last, V(-kInfinity));
+    };
     const auto term_at = [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
       using A = Abreast<V, decltype(k)::value>;
-      return Softmax<A>::term(A::read(x + i, last, V(-kInfinity)), A(maximum));
+      return F<A>(f).term(x_at(i, k, last), A(maximum));
     };
     const T sum = row_sum<V>(n, [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
       const auto e = term_at(i, k, last);
@@ -237,14 +238,18 @@ void long_rows(const S* x, S* y, int64_t n, int64_t rows) {
       if (kept) e.write(terms + i, last);
       return e;
     });
-    const V inverse = V(double(T(1) / sum));
-    RowMaximum<V> following;
+    V factor;
+    if constexpr (F<V>::scalar_factor)
+      factor = V(double(F<T>::factor(sum)));
+    else
+      factor = f.factor(V(double(sum)));
+    RowMaximum<V> following(f.least());
     const S* next = row + 1 < rows ? x + n : x;
     each_chunk<V>(0, n, [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
       using A = Abreast<V, decltype(k)::value>;
-      const A e = kept ? A::read(terms + i, last, V(0)) : term_at(i, k, last);
+      const A from = !wanted ? x_at(i, k, last) : kept ? A::read(terms + i, last, V(0)) : term_at(i, k, last);
       if (!in_place) will_write<S, decltype(k)::value * V::lanes>(y + i);
-      Softmax<A>::forward(e, A(inverse)).write(y + i, last);
+      F<A>(f).forward(from, A(maximum), A(factor)).write(y + i, last);
       will_read<S, decltype(k)::value * V::lanes>(next + i);
       following.add(A::read(next + i, last, V(-kInfinity)));
     });
@@ -253,19 +258,19 @@ void long_rows(const S* x, S* y, int64_t n, int64_t rows) {
 }
 
 /// While a row is finished, the products of the next one are summed.
-template <class S>
-void long_rows_backward(const S* dy, const S* y, S* dx, int64_t n, int64_t rows) {
+template <template <class> class F, class S>
+void long_rows_backward(const S* dy, const S* y, S* dx, int64_t n, int64_t rows, F<LaneOf<S>> f) {
   using V = LaneOf<S>;
   const auto product_at = [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
     using A = Abreast<V, decltype(k)::value>;
-    return A::read(dy + i, last, V(0)) * A::read(y + i, last, V(0));
+    return F<A>::product(A::read(dy + i, last, V(0)), A::read(y + i, last, V(0)));
   };
   V dot(double(row_sum<V>(n, product_at)));
   for (; rows > 0; --rows) {
     const int64_t next = rows > 1 ? n : 0;
     const auto sum = row_sum<V>(n, [&](int64_t i, auto k, int last) __attribute__((always_inline)) {
       using A = Abreast<V, decltype(k)::value>;
-      Softmax<A>::backward(A::read(dy + i, last, V(0)), A::read(y + i, last, V(0)), A(dot)).write(dx + i, last);
+      F<A>(f).backward(A::read(dy + i, last, V(0)), A::read(y + i, last, V(0)), A(dot)).write(dx + i, last);
       will_write<S, decltype(k)::value * V::lanes>(dx + i);
       will_read<S, decltype(k)::value * V::lanes>(dy + n + i);
       will_read<S, decltype(k)::value * V::lanes>(y + n + i);
@@ -304,21 +309,24 @@ struct Panel {
       m.write(maximum + r, N);
     });
   }
-  /// The terms of `length` elements; calls meanwhile(j, r) for each of their kAbreast vectors.
-  template <class Meanwhile>
-  FASTACT_FN void terms(int length, const T* maximum, Meanwhile meanwhile) const {
+  /// The terms of `length` elements, which go to the same places from `to` on; calls meanwhile(j, r) for each of their kAbreast
+  /// vectors.
+  template <template <class> class F, class Meanwhile>
+  FASTACT_FN void terms(T* to, int length, const T* maximum, F<V> f, Meanwhile meanwhile) const {
     each_group<kAbreast>([&](int r, auto k) __attribute__((always_inline)) {
       using A = Abreast<V, decltype(k)::value>;
+      const F<A> abreast(f);
       const A m = A::read(maximum + r, N, V(0));
       for (int j = 0; j < length; ++j) {
-        T* p = at + j * stride + r;
+        const int place = j * stride + r;
         meanwhile(j, r);
-        Softmax<A>::term(A::read(p, N, V(0)), m).write(p, N);
+        abreast.term(A::read(at + place, N, V(0)), m).write(to + place, N);
       }
     });
   }
-  __attribute__((noinline)) void terms(int length, const T* maximum) const {
-    terms(length, maximum, [](int, int) __attribute__((always_inline)) {});
+  template <template <class> class F>
+  __attribute__((noinline)) void terms(T* to, int length, const T* maximum, F<V> f) const {
+    terms(to, length, maximum, f, [](int, int) __attribute__((always_inline)) {});
   }
   /// The partial sums l, l + w, l + 2 w ... of `length` elements, added as a tree; those from `length` on are 0 and left out.
   template <int w, class A>
@@ -403,15 +411,19 @@ FASTACT_FN void write_square(S* p, int n, int rows, S* end, LaneOf<S> (&square)[
 
 constexpr int kSquares = 4;
 
-template <class S>
-void short_rows(const S* x, S* y, int n, int rows) {
+template <template <class> class F, class S>
+void short_rows(const S* x, S* y, int n, int rows, F<LaneOf<S>> f) {
   using V = LaneOf<S>;
   using T = typename V::Element;
   constexpr int N = V::lanes;
   if (n > kShortRow) __builtin_unreachable();
-  alignas(64) T buffer[(kShortRow + N - 1) / N * N * kSquares * N];
+  constexpr int size = (kShortRow + N - 1) / N * N * kSquares * N;
+  alignas(64) T buffer[size];
+  alignas(64) T other[F<V>::keeps_terms ? 1 : size];
   alignas(64) T maximum[kSquares * N];
+  alignas(64) T sum[kSquares * N];
   const Panel<V> panel{buffer, kSquares * N, rows};
+  const Panel<V> terms{F<V>::keeps_terms ? buffer : other, kSquares * N, rows};
   for (int r = 0; r < rows; r += N)
     for (int c = 0; c < n; c += N) {
       V square[N];
@@ -419,30 +431,29 @@ void short_rows(const S* x, S* y, int n, int rows) {
 #pragma GCC unroll 16
       for (int k = 0; k < N; ++k) store(panel.at + (c + k) * panel.stride + r, square[k]);
     }
-  for (int r = 0; r < rows; r += N) store(maximum + r, V(-kInfinity));
+  for (int r = 0; r < rows; r += N) store(maximum + r, f.least());
   panel.maxima(n, maximum);
   const int ahead = rows * n;
   for (int i = 0; i < ahead; i += 64 / sizeof(S)) {
     __builtin_prefetch(x + ahead + i, 0, 3);
     __builtin_prefetch(y + ahead + i, 1, 3);
   }
-  panel.terms(n, maximum);
-  T* const sum = maximum;
-  panel.sums(n, sum);
+  panel.terms(terms.at, n, maximum, f);
+  terms.sums(n, sum);
   for (int r = 0; r < rows; r += N) {
-    const V inverse = 1 / load(sum + r);
+    const V factor = f.factor(load(sum + r)), m = load(maximum + r);
     for (int c = (n - 1) / N * N;; c -= N) {
       V square[N];
 #pragma GCC unroll 16
-      for (int k = 0; k < N; ++k) square[k] = Softmax<V>::forward(load(panel.at + (c + k) * panel.stride + r), inverse);
+      for (int k = 0; k < N; ++k) square[k] = f.forward(load(panel.at + (c + k) * panel.stride + r), m, factor);
       write_square(y + int64_t(r) * n + c, n, rows - r < N ? rows - r : N, y + int64_t(rows) * n, square);
       if (c == 0) break;
     }
   }
 }
 
-template <class S>
-void short_rows_backward(const S* dy, const S* y, S* dx, int n, int rows) {
+template <template <class> class F, class S>
+void short_rows_backward(const S* dy, const S* y, S* dx, int n, int rows, F<LaneOf<S>> f) {
   using V = LaneOf<S>;
   using T = typename V::Element;
   constexpr int N = V::lanes;
@@ -455,8 +466,8 @@ void short_rows_backward(const S* dy, const S* y, S* dx, int n, int rows) {
 #pragma GCC unroll 16
     for (int r = 0; r < N; ++r) {
       const int64_t at = int64_t(r < rows ? r : rows - 1) * n + c, left = int64_t(rows) * n - at;
-      square[r] =
-          left >= N ? load(dy + at) * load(y + at) : load_part(dy + at, int(left), V(0)) * load_part(y + at, int(left), V(0));
+      square[r] = left >= N ? F<V>::product(load(dy + at), load(y + at))
+                            : F<V>::product(load_part(dy + at, int(left), V(0)), load_part(y + at, int(left), V(0)));
     }
     transpose(square);
 #pragma GCC unroll 16
@@ -470,9 +481,9 @@ void short_rows_backward(const S* dy, const S* y, S* dx, int n, int rows) {
   for (int c = (n - 1) / N * N; c >= 0; c -= N)
     for (int r = 0; r < rows; ++r) {
       const int64_t at = int64_t(r) * n + c, left = int64_t(rows) * n - at;
-      result[count++] = left >= N
-                            ? load(y + at) * (load(dy + at) - V(double(dot[r])))
-                            : load_part(y + at, int(left), V(0)) * (load_part(dy + at, int(left), V(0)) - V(double(dot[r])));
+      const V d(double(dot[r]));
+      result[count++] = left >= N ? f.backward(load(dy + at), load(y + at), d)
+                                  : f.backward(load_part(dy + at, int(left), V(0)), load_part(y + at, int(left), V(0)), d);
     }
   count = 0;
   for (int c = (n - 1) / N * N; c >= 0; c -= N)
@@ -526,14 +537,15 @@ struct Cut {
   }
 };
 
-template <class S>
-void columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end) {
+template <template <class> class F, class S>
+void columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end, F<LaneOf<S>> f) {
   using V = LaneOf<S>;
   using T = typename V::Element;
   constexpr int N = V::lanes;
   using C = Cut<V>;
   const C cut(s.length, end - begin);
   alignas(64) T buffer[C::room];
+  alignas(64) T maximum[C::most];
   alignas(64) T factor[C::most];
   alignas(64) T block[C::most];
   alignas(64) double total[C::most];
@@ -551,22 +563,20 @@ void columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end) {
       for (int64_t from = 0; from < s.length; from += cut.rows)
         body(from, s.length - from < cut.rows ? s.length : from + cut.rows);
     };
-    for (int r = 0; r < width; r += N) store(factor + r, V(-kInfinity));
+    for (int r = 0; r < width; r += N) store(maximum + r, f.least());
     for (int r = 0; r < width + N; ++r) total[r] = 0;
     blocks([&](int64_t from, int64_t to) __attribute__((always_inline)) {
       fill(from, to);
-      panel.maxima(int(to - from), factor);
+      panel.maxima(int(to - from), maximum);
     });
-    alignas(64) T maximum[C::most];
-    __builtin_memcpy(maximum, factor, sizeof maximum);
     blocks([&](int64_t from, int64_t to) __attribute__((always_inline)) {
       if (!whole) {
         fill(from, to);
-        panel.terms(int(to - from), maximum);
+        panel.terms(buffer, int(to - from), maximum, f);
       } else {
         // Memory is idle while terms are computed: it brings what the next panel will read.
         const S* next = x + column_at(s, first + width);
-        panel.terms(int(to), maximum, [&](int j, int r) __attribute__((always_inline)) {
+        panel.terms(buffer, int(to), maximum, f, [&](int j, int r) __attribute__((always_inline)) {
           const int64_t at = j * s.inner + r;
 #pragma GCC unroll 8
           for (int i = 0; i < kAbreast * N; i += 64 / int(sizeof(S))) __builtin_prefetch(next + at + i, 0, 2);
@@ -578,22 +588,24 @@ void columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end) {
         for (int r = 0; r < width; ++r) total[r] += double(block[r]);
       }
     });
-    for (int r = 0; r < width; ++r) factor[r] = 1 / T(total[r]);
+    for (int r = 0; r < width; ++r) factor[r] = T(total[r]);
+    for (int r = 0; r < width; r += N) store(factor + r, f.factor(load(factor + r)));
     blocks([&](int64_t from, int64_t to) __attribute__((always_inline)) {
-      if (!whole) {
+      if (!whole && F<V>::keeps_terms) {
         fill(from, to);
-        panel.terms(int(to - from), maximum);
+        panel.terms(buffer, int(to - from), maximum, f);
       }
       each_piece<V>(s, first, width, from, to, [&](int64_t at, int64_t j, int c, int count) __attribute__((always_inline)) {
         if (cut.long_pieces(sizeof(S))) will_write(y + at);
-        store_some(y + at, count, Softmax<V>::forward(load(buffer + (j - from) * cut.stride + c), load(factor + c)));
+        const V v = F<V>::keeps_terms ? load(buffer + (j - from) * cut.stride + c) : load_some(x + at, count, V(0));
+        store_some(y + at, count, f.forward(v, load(maximum + c), load(factor + c)));
       });
     });
   }
 }
 
-template <class S>
-void columns_backward(const S* dy, const S* y, S* dx, SoftmaxShape s, int64_t begin, int64_t end) {
+template <template <class> class F, class S>
+void columns_backward(const S* dy, const S* y, S* dx, SoftmaxShape s, int64_t begin, int64_t end, F<LaneOf<S>> f) {
   using V = LaneOf<S>;
   using T = typename V::Element;
   using C = Cut<V>;
@@ -609,7 +621,8 @@ void columns_backward(const S* dy, const S* y, S* dx, SoftmaxShape s, int64_t be
     for (int64_t from = 0; from < s.length; from += cut.rows) {
       const int64_t to = s.length - from < cut.rows ? s.length : from + cut.rows;
       each_piece<V>(s, first, width, from, to, [&](int64_t at, int64_t j, int c, int count) __attribute__((always_inline)) {
-        store(buffer + (j - from) * cut.stride + c, load_some(dy + at, count, V(0)) * load_some(y + at, count, V(0)));
+        const V product = F<V>::product(load_some(dy + at, count, V(0)), load_some(y + at, count, V(0)));
+        store(buffer + (j - from) * cut.stride + c, product);
       });
       for (int64_t at = from; at < to; at += kSumBlock<T>) {
         Panel<V>{buffer + (at - from) * cut.stride, cut.stride, width}.sums(
@@ -620,46 +633,54 @@ void columns_backward(const S* dy, const S* y, S* dx, SoftmaxShape s, int64_t be
     for (int r = 0; r < width; ++r) dot[r] = T(total[r]);
     each_piece<V>(s, first, width, 0, s.length, [&](int64_t at, int64_t, int c, int count) __attribute__((always_inline)) {
       will_write(dx + at);
-      store_some(dx + at, count,
-                 Softmax<V>::backward(load_some(dy + at, count, V(0)), load_some(y + at, count, V(0)), load(dot + c)));
+      store_some(dx + at, count, f.backward(load_some(dy + at, count, V(0)), load_some(y + at, count, V(0)), load(dot + c)));
     });
   }
 }
 
 // ---- Units ---------------------------------------------------------------------------------------------------------------
 
-template <class S>
-void softmax_forward(const void* x_, void* y_, SoftmaxShape s, int64_t begin, int64_t end) {
+template <template <class> class F, class S>
+void softmax_forward(const void* x_, void* y_, SoftmaxShape s, SoftmaxOptions options, int64_t begin, int64_t end) {
+  using V = LaneOf<S>;
+  if constexpr (F<V>::tempered) {
+    if (options.temperature == 1) return softmax_forward<F<V>::template AtOne, S>(x_, y_, s, options, begin, end);
+  }
   const S* x = static_cast<const S*>(x_);
   S* y = static_cast<S*>(y_);
-  using V = LaneOf<S>;
+  const F<V> f(options);
   if (s.inner > 1) {
     const int64_t all = s.outer * s.inner;
-    columns(x, y, s, begin * kSoftmaxColumns, end * kSoftmaxColumns < all ? end * kSoftmaxColumns : all);
+    columns(x, y, s, begin * kSoftmaxColumns, end * kSoftmaxColumns < all ? end * kSoftmaxColumns : all, f);
   } else if (s.length <= kShortRow) {
     constexpr int most = kSquares * V::lanes;
     for (int64_t row = begin; row < end; row += most)
-      short_rows(x + row * s.length, y + row * s.length, int(s.length), int(end - row < most ? end - row : most));
+      short_rows(x + row * s.length, y + row * s.length, int(s.length), int(end - row < most ? end - row : most), f);
   } else {
-    long_rows(x + begin * s.length, y + begin * s.length, s.length, end - begin);
+    long_rows(x + begin * s.length, y + begin * s.length, s.length, end - begin, f);
   }
 }
 
-template <class S>
-void softmax_backward(const void* dy_, const void* y_, void* dx_, SoftmaxShape s, int64_t begin, int64_t end) {
+template <template <class> class F, class S>
+void softmax_backward(const void* dy_, const void* y_, void* dx_, SoftmaxShape s, SoftmaxOptions options, int64_t begin,
+                      int64_t end) {
+  using V = LaneOf<S>;
+  if constexpr (F<V>::tempered) {
+    if (options.temperature == 1) return softmax_backward<F<V>::template AtOne, S>(dy_, y_, dx_, s, options, begin, end);
+  }
   const S* dy = static_cast<const S*>(dy_);
   const S* y = static_cast<const S*>(y_);
   S* dx = static_cast<S*>(dx_);
-  using V = LaneOf<S>;
+  const F<V> f(options);
   if (s.inner > 1) {
     const int64_t all = s.outer * s.inner;
-    columns_backward(dy, y, dx, s, begin * kSoftmaxColumns, end * kSoftmaxColumns < all ? end * kSoftmaxColumns : all);
+    columns_backward(dy, y, dx, s, begin * kSoftmaxColumns, end * kSoftmaxColumns < all ? end * kSoftmaxColumns : all, f);
   } else if (s.length <= kShortRowBackward) {
     for (int64_t row = begin; row < end; row += V::lanes)
       short_rows_backward(dy + row * s.length, y + row * s.length, dx + row * s.length, int(s.length),
-                          int(end - row < V::lanes ? end - row : V::lanes));
+                          int(end - row < V::lanes ? end - row : V::lanes), f);
   } else {
-    long_rows_backward(dy + begin * s.length, y + begin * s.length, dx + begin * s.length, s.length, end - begin);
+    long_rows_backward(dy + begin * s.length, y + begin * s.length, dx + begin * s.length, s.length, end - begin, f);
   }
 }
 

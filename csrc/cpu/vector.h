@@ -19,11 +19,13 @@ struct BitsOf;
 template <>
 struct BitsOf<float> {
   using Signed = int32_t;
+  using Unsigned = uint32_t;
   static constexpr int fraction = 23;
 };
 template <>
 struct BitsOf<double> {
   using Signed = int64_t;
+  using Unsigned = uint64_t;
   static constexpr int fraction = 52;
 };
 
@@ -59,6 +61,12 @@ struct Lanes {
   FASTACT_FN friend Lanes select(Mask m, Lanes a, Lanes b) { return Lanes(m.bits ? a.raw : b.raw); }
   FASTACT_FN friend Lanes abs(Lanes x) { return Lanes((Raw)((Bits)x.raw & ~sign())); }
   FASTACT_FN friend Lanes copysign(Lanes x, Lanes s) { return Lanes((Raw)(((Bits)x.raw & ~sign()) | ((Bits)s.raw & sign()))); }
+  FASTACT_FN friend Lanes exponent(Lanes s) {
+    // Put into the low bits of a number whose last bit stands for 1: no instruction set has all the conversions.
+    typedef typename BitsOf<T>::Unsigned Unsigned __attribute__((vector_size(N * sizeof(T))));
+    const Lanes bias(Constants<T>::round_bias);
+    return Lanes((Raw)((Unsigned)bias.raw + (((Unsigned)s.raw - HalfRoot<T>::bits) >> BitsOf<T>::fraction))) - bias;
+  }
   FASTACT_FN friend Lanes bits_difference(Lanes a, Lanes b) { return Lanes((Raw)((Bits)a.raw - (Bits)b.raw)); }
 
   /// Cut off after half of the digits.

@@ -4,8 +4,8 @@
 namespace fastact {
 namespace cuda {
 
-static int64_t softmax_workspace(DType dtype, SoftmaxShape s, bool backward, Queue queue) {
-  return backward ? softmax_backward_table.workspace[dtype](s, queue) : softmax_forward_table.workspace[dtype](s, queue);
+static int64_t softmax_workspace(int row, DType dtype, SoftmaxShape s, bool backward, Queue queue) {
+  return (backward ? softmax_backward_table.workspace : softmax_forward_table.workspace)[row][dtype](s, queue);
 }
 
 const Kernels& kernels() {

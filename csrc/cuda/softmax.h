@@ -1,5 +1,6 @@
-// The softmax kernels. Each reads its input once and writes its output once, as long as the threads that share a row can hold
-// it in their registers: a part of a warp, a warp, a block, or on sm_90 a cluster of blocks. Longer rows are read twice.
+// The kernels of the functors of softmax.h (F). Each reads its input once and writes its output once, as long as the threads
+// that share a row can hold it in their registers: a part of a warp, a warp, a block, or on sm_90 a cluster of blocks. Longer
+// rows are read twice.
 //
 // Which element goes to which thread, and so the order in which a row is summed, follows from length, inner and the kind of
 // device; not from where in the tensor the row lies, from its address, its neighbours, or how many there are.
@@ -136,9 +137,9 @@ struct Parts {
   __device__ __forceinline__ V total() const { return (part[0] + part[1]) + (part[2] + part[3]); }
 };
 
-template <class S, int N, int E>
+template <template <class> class F, class S, int N, int E>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    softmax_rows(const S* x, S* y, int64_t rows, int length, int team_bits, int blocks, bool aligned) {
+    softmax_rows(const S* x, S* y, F<TermOf<S>> f, int64_t rows, int length, int team_bits, int blocks, bool aligned) {
   using V = TermOf<S>;
   const Team team(team_bits, blocks);
   const RowShare<S, N, E> share(team, rows, length);
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   Pack<S, N> packs[E / N];
   share.load_all(x, aligned, packs, rounded<S>(Larger::none<V>()));
   V e[E];
-  V m = Larger::none<V>();
+  V m = f.least();
 #pragma unroll
   for (int i = 0; i < E; ++i) {
     e[i] = packs[i / N][i % N];
@@ -160,26 +161,27 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     if (i >= share.most) break;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      V& term = e[i * N + k];
-      term = Softmax<V>::term(term, m);
+      const V term = f.term(e[i * N + k], m);
       sum.part[(i * N + k) % 4] = sum.part[(i * N + k) % 4] + term;
+      if constexpr (F<V>::keeps_terms) e[i * N + k] = term;
     }
   }
-  const V inverse = V(1) / team.reduce(sum.total(), Sum(), 1);
+  const V factor = f.factor(team.reduce(sum.total(), Sum(), 1));
   y += share.first;
 #pragma unroll
   for (int i = 0; i < E / N; ++i, y += share.step) {
     if (i >= share.count) break;
 #pragma unroll
-    for (int k = 0; k < N; ++k) e[i * N + k] = Softmax<V>::forward(e[i * N + k], inverse);
+    for (int k = 0; k < N; ++k) e[i * N + k] = f.forward(e[i * N + k], m, factor);
     store<N>(y, e + i * N);
   }
   team.finish();
 }
 
-template <class S, int N, int E>
+template <template <class> class F, class S, int N, int E>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    softmax_backward_rows(const S* dy, const S* y, S* dx, int64_t rows, int length, int team_bits, int blocks, bool aligned) {
+    softmax_backward_rows(const S* dy, const S* y, S* dx, F<TermOf<S>> f, int64_t rows, int length, int team_bits, int blocks,
+                          bool aligned) {
   using V = TermOf<S>;
   const Team team(team_bits, blocks);
   const RowShare<S, N, E> share(team, rows, length);
@@ -189,8 +191,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   share.load_all(y, aligned, kept, S{});
   Parts<V> sum;
 #pragma unroll
-  for (int i = 0; i < E; ++i)
-    sum.part[i % 4] = Softmax<V>::product(gradient[i / N][i % N], kept[i / N][i % N], sum.part[i % 4]);
+  for (int i = 0; i < E; ++i) sum.part[i % 4] = f.product(gradient[i / N][i % N], kept[i / N][i % N], sum.part[i % 4]);
   const V dot = team.reduce(sum.total(), Sum(), 0);
   dx += share.first;
 #pragma unroll
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     kept[i].renew();
     V out[N];
 #pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = Softmax<V>::backward(gradient[i][k], kept[i][k], dot);
+    for (int k = 0; k < N; ++k) out[k] = f.backward(gradient[i][k], kept[i][k], dot);
     store<N>(dx, out);
   }
   team.finish();
@@ -312,12 +313,12 @@ __device__ __forceinline__ const V* total_of(void* workspace, const SoftmaxShape
 
 /// kWhole: the row is held by this block or its cluster. kPart: maximum and sum of a chunk go to the notes. kRest: those of the
 /// row come from there.
-template <class S, int N, int kDepth, Phase phase>
+template <template <class> class F, class S, int N, int kDepth, Phase phase>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    softmax_columns(const S* x, S* y, SoftmaxShape s, Cut c, bool aligned, void* workspace) {
+    softmax_columns(const S* x, S* y, F<TermOf<S>> f, SoftmaxShape s, Cut c, bool aligned, void* workspace) {
   using V = TermOf<S>;
   const Place<N, kDepth> place(s, c);
-  V e[kDepth][N], m[N], scale[N];
+  V e[kDepth][N], m[N], factor[N];
   x += place.first;
 #pragma unroll
   for (int i = 0; i < kDepth; ++i, x += place.step) {
@@ -334,7 +335,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       m[k] = place.count > 0 ? notes[k] : V(0);
-      scale[k] = place.count > 0 ? notes[s.inner + k] : V(0);
+      factor[k] = place.count > 0 ? notes[s.inner + k] : V(0);
     }
   } else {
 #pragma unroll
@@ -344,51 +345,56 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       for (int i = 1; i < kDepth; ++i) m[k] = larger(m[k], e[i][k]);
     }
     reduce_lines(m, c, Larger());
-  }
 #pragma unroll
-  for (int k = 0; k < N; ++k) {
-    // A chunk that is all -inf counts for nothing in a row that is not.
-    const V shift = phase == kPart && m[k] == Larger::none<V>() ? V(0) : m[k];
-#pragma unroll
-    for (int i = 0; i < kDepth; ++i) e[i][k] = Softmax<V>::term(e[i][k], shift);
+    for (int k = 0; k < N; ++k)
+      if constexpr (phase == kWhole) m[k] = larger(m[k], f.least());
   }
-  if constexpr (phase != kRest) {
+  // Of a chunk the sum alone is wanted, of the rest the terms alone, and those only where y is made of them.
+  if constexpr (phase != kRest || F<V>::keeps_terms) {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      scale[k] = e[0][k];
+      // A chunk that is all -inf counts for nothing in a row that is not.
+      const V shift = phase == kPart && m[k] == Larger::none<V>() ? V(0) : m[k];
+      V sum;
 #pragma unroll
-      for (int i = 1; i < kDepth; ++i) scale[k] = scale[k] + e[i][k];
+      for (int i = 0; i < kDepth; ++i) {
+        const V term = f.term(e[i][k], shift);
+        sum = i == 0 ? term : sum + term;
+        if constexpr (F<V>::keeps_terms) e[i][k] = term;
+      }
+      if constexpr (phase != kRest) factor[k] = sum;
     }
-    reduce_lines(scale, c, Sum());
   }
+  if constexpr (phase != kRest) reduce_lines(factor, c, Sum());
   if constexpr (phase == kPart) {
     if (place.leads) {
       V* notes = part_of<V>(workspace, s, c, place);
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         notes[k] = m[k];
-        notes[s.inner + k] = scale[k];
+        notes[s.inner + k] = factor[k];
       }
     }
   } else {
     if constexpr (phase == kWhole)
 #pragma unroll
-      for (int k = 0; k < N; ++k) scale[k] = V(1) / scale[k];
+      for (int k = 0; k < N; ++k) factor[k] = f.factor(factor[k]);
     y += place.first;
 #pragma unroll
     for (int i = 0; i < kDepth; ++i, y += place.step) {
       if (i >= place.count) break;
 #pragma unroll
-      for (int k = 0; k < N; ++k) e[i][k] = Softmax<V>::forward(e[i][k], scale[k]);
+      for (int k = 0; k < N; ++k) e[i][k] = f.forward(e[i][k], m[k], factor[k]);
       store<N>(y, e[i]);
     }
   }
 }
 
-/// Likewise, with the dot product of dy and y.
-template <class S, int N, int kDepth, Phase phase>
+/// Likewise, with the sum of the products.
+template <template <class> class F, class S, int N, int kDepth, Phase phase>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    softmax_backward_columns(const S* dy, const S* y, S* dx, SoftmaxShape s, Cut c, bool aligned, void* workspace) {
+    softmax_backward_columns(const S* dy, const S* y, S* dx, F<TermOf<S>> f, SoftmaxShape s, Cut c, bool aligned,
+                             void* workspace) {
   using V = TermOf<S>;
   const Place<N, kDepth> place(s, c);
   Pack<S, N> gradient[kDepth], kept[kDepth];
@@ -412,7 +418,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     for (int k = 0; k < N; ++k) {
       dot[k] = V(0);
 #pragma unroll
-      for (int i = 0; i < kDepth; ++i) dot[k] = Softmax<V>::product(gradient[i][k], kept[i][k], dot[k]);
+      for (int i = 0; i < kDepth; ++i) dot[k] = f.product(gradient[i][k], kept[i][k], dot[k]);
     }
     reduce_lines(dot, c, Sum());
   }
@@ -431,15 +437,15 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       kept[i].renew();
       V out[N];
 #pragma unroll
-      for (int k = 0; k < N; ++k) out[k] = Softmax<V>::backward(gradient[i][k], kept[i][k], dot[k]);
+      for (int k = 0; k < N; ++k) out[k] = f.backward(gradient[i][k], kept[i][k], dot[k]);
       store<N>(dx, out);
     }
   }
 }
 
 /// From the notes of the chunks to those of the row: a warp per row.
-template <class V, bool kForward>
-__global__ void __launch_bounds__(kMostThreads, 1) softmax_totals(SoftmaxShape s, Cut c, void* workspace) {
+template <template <class> class F, class V, bool kForward>
+__global__ void __launch_bounds__(kMostThreads, 1) softmax_totals(F<V> f, SoftmaxShape s, Cut c, void* workspace) {
   const Notes<V> notes(workspace, s, c);
   const int64_t row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
   const int lane = int(threadIdx.x) % kWarp;
@@ -447,7 +453,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) softmax_totals(SoftmaxShape s
   const int64_t outer = row / s.inner, column = row % s.inner, stride = 2 * s.inner;
   const V* parts = notes.parts + outer * c.chunks * stride + column;
   V* total = notes.totals + outer * stride + column;
-  V m = Larger::none<V>();
+  V m = f.least();
   if constexpr (kForward) {
     for (int64_t i = lane; i < c.chunks; i += kWarp) m = larger(m, parts[i * stride]);
     m = reduce_lanes(m, 1, kWarp, Larger());
@@ -455,11 +461,11 @@ __global__ void __launch_bounds__(kMostThreads, 1) softmax_totals(SoftmaxShape s
   // There may be thousands of chunks to a lane: in double, so that their number does not show.
   double sum = 0;
   for (int64_t i = lane; i < c.chunks; i += kWarp)
-    sum += raw(kForward ? parts[i * stride + s.inner] * Softmax<V>::term(parts[i * stride], m) : parts[i * stride]);
+    sum += raw(kForward ? parts[i * stride + s.inner] * f.term(parts[i * stride], m) : parts[i * stride]);
   sum = reduce_lanes(sum, 1, kWarp, Sum());
   if (lane == 0) {
     total[0] = kForward ? m : V(sum);
-    if (kForward) total[s.inner] = V(1) / V(sum);
+    if (kForward) total[s.inner] = f.factor(V(sum));
   }
 }
 
@@ -520,7 +526,7 @@ inline Cut make_cut(const SoftmaxShape& s, int n, int depth, bool clusters) {
 }
 
 /// Everything decided about the launches for one shape.
-template <class S, bool kForward>
+template <template <class> class F, class S, bool kForward>
 struct Plan {
   using V = TermOf<S>;
   using Mine = Share<S>;
@@ -555,52 +561,55 @@ struct Plan {
   auto rows_kernel() const {
     constexpr int N = kWidth<S>, few = Mine::kFew, many = Mine::kMany;
     if constexpr (kForward) {
-      if (rows.elements == few) return wide ? softmax_rows<S, N, few> : softmax_rows<S, 1, few>;
-      return wide ? softmax_rows<S, N, many> : softmax_rows<S, 1, many>;
+      if (rows.elements == few) return wide ? softmax_rows<F, S, N, few> : softmax_rows<F, S, 1, few>;
+      return wide ? softmax_rows<F, S, N, many> : softmax_rows<F, S, 1, many>;
     } else {
-      if (rows.elements == few) return wide ? softmax_backward_rows<S, N, few> : softmax_backward_rows<S, 1, few>;
-      return wide ? softmax_backward_rows<S, N, many> : softmax_backward_rows<S, 1, many>;
+      if (rows.elements == few) return wide ? softmax_backward_rows<F, S, N, few> : softmax_backward_rows<F, S, 1, few>;
+      return wide ? softmax_backward_rows<F, S, N, many> : softmax_backward_rows<F, S, 1, many>;
     }
   }
   template <Phase phase>
   auto columns_kernel() const {
     constexpr int N = kWidth<S>, deep = Mine::kDeep, single = Mine::kSingle;
     if constexpr (kForward)
-      return wide ? softmax_columns<S, N, deep, phase> : softmax_columns<S, 1, single, phase>;
+      return wide ? softmax_columns<F, S, N, deep, phase> : softmax_columns<F, S, 1, single, phase>;
     else
-      return wide ? softmax_backward_columns<S, N, deep, phase> : softmax_backward_columns<S, 1, single, phase>;
+      return wide ? softmax_backward_columns<F, S, N, deep, phase> : softmax_backward_columns<F, S, 1, single, phase>;
   }
 
   /// `tensors`: inputs and output, as the kernels take them.
   template <class... T>
-  int run(bool aligned, void* workspace, T... tensors) const {
+  int run(bool aligned, void* workspace, SoftmaxOptions options, T... tensors) const {
     if (s.outer * s.length * s.inner == 0) return 0;
+    const F<V> f(options);
     if (along)
-      return launch(rows_kernel(), rows.grid, queue, tensors..., s.outer, int(s.length), rows.bits, rows.grid.cluster, aligned);
-    if (cut.chunks == 1) return launch(columns_kernel<kWhole>(), grid(), queue, tensors..., s, cut, aligned, workspace);
-    if (int error = launch(columns_kernel<kPart>(), grid(), queue, tensors..., s, cut, aligned, workspace)) return error;
+      return launch(rows_kernel(), rows.grid, queue, tensors..., f, s.outer, int(s.length), rows.bits, rows.grid.cluster,
+                    aligned);
+    if (cut.chunks == 1) return launch(columns_kernel<kWhole>(), grid(), queue, tensors..., f, s, cut, aligned, workspace);
+    if (int error = launch(columns_kernel<kPart>(), grid(), queue, tensors..., f, s, cut, aligned, workspace)) return error;
     const Grid totals = {(s.outer * s.inner * kWarp + kUsualThreads - 1) / kUsualThreads, kUsualThreads};
-    if (int error = launch(softmax_totals<V, kForward>, totals, queue, s, cut, workspace)) return error;
-    return launch(columns_kernel<kRest>(), grid(), queue, tensors..., s, cut, aligned, workspace);
+    if (int error = launch(softmax_totals<F, V, kForward>, totals, queue, f, s, cut, workspace)) return error;
+    return launch(columns_kernel<kRest>(), grid(), queue, tensors..., f, s, cut, aligned, workspace);
   }
 };
 
-template <class S>
-int softmax_forward(const void* x, void* y, SoftmaxShape s, void* workspace, cuda::Queue queue) {
-  return Plan<S, true>(s, queue).run(aligned(x), workspace, static_cast<const S*>(x), static_cast<S*>(y));
+template <template <class> class F, class S>
+int softmax_forward(const void* x, void* y, SoftmaxShape s, SoftmaxOptions options, void* workspace, cuda::Queue queue) {
+  return Plan<F, S, true>(s, queue).run(aligned(x), workspace, options, static_cast<const S*>(x), static_cast<S*>(y));
 }
-template <class S>
-int softmax_backward(const void* dy, const void* y, void* dx, SoftmaxShape s, void* workspace, cuda::Queue queue) {
-  return Plan<S, false>(s, queue).run(aligned(dy) && aligned(y), workspace, static_cast<const S*>(dy), static_cast<const S*>(y),
-                                      static_cast<S*>(dx));
+template <template <class> class F, class S>
+int softmax_backward(const void* dy, const void* y, void* dx, SoftmaxShape s, SoftmaxOptions options, void* workspace,
+                     cuda::Queue queue) {
+  return Plan<F, S, false>(s, queue).run(aligned(dy) && aligned(y), workspace, options, static_cast<const S*>(dy),
+                                         static_cast<const S*>(y), static_cast<S*>(dx));
 }
-template <class S>
+template <template <class> class F, class S>
 int64_t softmax_forward_workspace(SoftmaxShape s, cuda::Queue queue) {
-  return Plan<S, true>(s, queue).workspace();
+  return Plan<F, S, true>(s, queue).workspace();
 }
-template <class S>
+template <template <class> class F, class S>
 int64_t softmax_backward_workspace(SoftmaxShape s, cuda::Queue queue) {
-  return Plan<S, false>(s, queue).workspace();
+  return Plan<F, S, false>(s, queue).workspace();
 }
 
 }  // namespace

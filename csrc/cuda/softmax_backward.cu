@@ -7,8 +7,10 @@ namespace cuda {
 
 using namespace device;
 
-const SoftmaxTable<SoftmaxBackward> softmax_backward_table = {FASTACT_EACH_DTYPE(softmax_backward),
-                                                              FASTACT_EACH_DTYPE(softmax_backward_workspace)};
+#define FASTACT_WORKSPACE(name, Functor) FASTACT_EACH_DTYPE(softmax_backward_workspace, Functor FASTACT_COMMA),
+
+const SoftmaxTable<SoftmaxBackward> softmax_backward_table = {{FASTACT_SOFTMAXES(FASTACT_SOFTMAX_BACKWARD)},
+                                                              {FASTACT_SOFTMAXES(FASTACT_WORKSPACE)}};
 
 }  // namespace cuda
 }  // namespace fastact

@@ -7,8 +7,10 @@ namespace cuda {
 
 using namespace device;
 
-const SoftmaxTable<SoftmaxForward> softmax_forward_table = {FASTACT_EACH_DTYPE(softmax_forward),
-                                                            FASTACT_EACH_DTYPE(softmax_forward_workspace)};
+#define FASTACT_WORKSPACE(name, Functor) FASTACT_EACH_DTYPE(softmax_forward_workspace, Functor FASTACT_COMMA),
+
+const SoftmaxTable<SoftmaxForward> softmax_forward_table = {{FASTACT_SOFTMAXES(FASTACT_SOFTMAX_FORWARD)},
+                                                            {FASTACT_SOFTMAXES(FASTACT_WORKSPACE)}};
 
 }  // namespace cuda
 }  // namespace fastact

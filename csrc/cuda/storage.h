@@ -44,6 +44,7 @@ FASTACT_FN Quick copysign(Quick x, Quick s) { return copysign(x.v, s.v); }
 FASTACT_FN Quick fma(Quick a, Quick b, Quick c) { return fma(a.v, b.v, c.v); }
 FASTACT_FN Quick product_rest(Quick a, Quick b, Quick p) { return product_rest(a.v, b.v, p.v); }
 FASTACT_FN Quick scale2(Quick x, Quick n, Quick biased) { return scale2(x.v, n.v, biased.v); }
+FASTACT_FN Quick exponent(Quick s) { return exponent(s.v); }
 FASTACT_FN Quick bits_difference(Quick a, Quick b) { return bits_difference(a.v, b.v); }
 FASTACT_FN bool any_less(Quick a, Quick b) { return a.v < b.v; }
 

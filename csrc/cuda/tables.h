@@ -12,8 +12,8 @@ struct ElementwiseTable {
 };
 template <class Softmax>
 struct SoftmaxTable {
-  Softmax run[kDTypes];
-  int64_t (*workspace[kDTypes])(SoftmaxShape, Queue);
+  Softmax run[kMaxSoftmaxes][kDTypes];
+  int64_t (*workspace[kMaxSoftmaxes][kDTypes])(SoftmaxShape, Queue);
 };
 
 extern const ElementwiseTable elementwise_table;

@@ -3,10 +3,10 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include "rows.h"
+
 namespace fastact {
 namespace {
-
-constexpr const char* kInFloat32[] = {"softmax", "softplus"};
 
 void in_float32(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCUDA);
@@ -17,7 +17,9 @@ void in_float32(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 }
 
 TORCH_LIBRARY_IMPL(fastact, AutocastCUDA, m) {
-  for (const char* name : kInFloat32) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&in_float32>());
+  const auto widen = [&](const char* name) { m.impl(name, torch::CppFunction::makeFromBoxedFunction<&in_float32>()); };
+  for (const SoftmaxRow& row : kSoftmaxes) widen(row.name);
+  widen("softplus");
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Autograd, in the shape of torch's generated code: a node for every forward op and one for every backward op, forward mode
-// beside reverse mode. Both kinds serve every row and softmax; what tells these apart is in Call.
+// beside reverse mode. Both kinds serve every row, of activations.h and of softmax.h; what tells these apart is in Call.
 #include "autograd.h"
 
 #include <ATen/OpMathType.h>
@@ -36,19 +36,83 @@ using Derivative = Tensor (*)(const Tensor&, const Tensor&, const double*);
 constexpr Derivative kDerivatives[] = {FASTACT_ACTIVATIONS(FASTACT_DERIVATIVE)};
 #undef FASTACT_DERIVATIVE
 
+/// The backward of a row of softmax.h on tensors that carry tangents: what its kernels do not compute follows from its functor.
+/// 16-bit types compute in float here too.
+template <template <class> class Functor>
+struct RowFormula {
+  const Functor<TensorLane> f;
+  const int64_t dim;
+  const at::ScalarType result;
+  const Tensor dy, y;
+  const Term dot;
+
+  RowFormula(const Tensor& dy_, const Tensor& y_, int64_t dim_, const SoftmaxOptions& options)
+      : f(options), dim(dim_), result(y_.scalar_type()), dy(wide(dy_)), y(wide(y_)), dot(sum(f.product(of(dy), of(y)).value)) {}
+
+  static Tensor wide(const Tensor& t) { return t.to(at::toOpMathType(t.scalar_type())); }
+  static TensorLane of(const Tensor& value, Term tangent = {}) { return {Term{value}, std::move(tangent)}; }
+  /// Of a constant only 0 occurs.
+  Term sum(const Term& t) const { return t.tensor.defined() ? Term{t.tensor.sum(dim, true)} : t; }
+  Tensor narrow(const Term& t) const {
+    return t.tensor.defined() ? t.tensor.to(result)
+           : t.is(0)          ? Tensor()
+                              : at::full_like(y, t.constant, y.options().dtype(result));
+  }
+
+  /// Tangent of dx for tangents of dy and y.
+  Tensor tangent(const Term& dy_tangent, const Term& y_tangent) const {
+    const TensorLane a = of(dy, dy_tangent), b = of(y, y_tangent);
+    return narrow(f.backward(a, b, {dot, sum(f.product(a, b).tangent)}).tangent);
+  }
+  /// Gradient of <ddx, dx> with respect to dy or y, whichever has the tangent 1.
+  Tensor gradient(const Tensor& ddx_, const Term& dy_tangent, const Term& y_tangent) const {
+    const Term ddx{wide(ddx_)};
+    const TensorLane a = of(dy, dy_tangent), b = of(y, y_tangent);
+    const Term through_dot = sum(ddx * f.backward(of(dy), of(y), {dot, Term{{}, 1}}).tangent);
+    return narrow(ddx * f.backward(a, b, {dot, Term{}}).tangent + f.product(a, b).tangent * through_dot);
+  }
+};
+
+struct RowDerivatives {
+  bool symmetric;
+  Tensor (*dy_gradient)(const Tensor& ddx, const Tensor& y, int64_t dim, const SoftmaxOptions&);
+  Tensor (*y_gradient)(const Tensor& ddx, const Tensor& dy, const Tensor& y, int64_t dim, const SoftmaxOptions&);
+  Tensor (*y_tangent)(const Tensor& t, const Tensor& dy, const Tensor& y, int64_t dim, const SoftmaxOptions&);
+};
+
+template <template <class> class Functor>
+constexpr RowDerivatives row_derivatives() {
+  using Formula = RowFormula<Functor>;
+  using Options = SoftmaxOptions;
+  // dx is linear in dy, so that any dy will do for the first.
+  return {Functor<double>::symmetric,
+          [](const Tensor& ddx, const Tensor& y, int64_t dim, const Options& o) {
+            return Formula(ddx, y, dim, o).gradient(ddx, Term{{}, 1}, Term{});
+          },
+          [](const Tensor& ddx, const Tensor& dy, const Tensor& y, int64_t dim, const Options& o) {
+            return Formula(dy, y, dim, o).gradient(ddx, Term{}, Term{{}, 1});
+          },
+          [](const Tensor& t, const Tensor& dy, const Tensor& y, int64_t dim, const Options& o) {
+            return Formula(dy, y, dim, o).tangent(Term{}, Term{Formula::wide(t)});
+          }};
+}
+#define FASTACT_ROW_DERIVATIVES(name, Functor) row_derivatives<generic::Functor>(),
+constexpr RowDerivatives kRowDerivatives[] = {FASTACT_SOFTMAXES(FASTACT_ROW_DERIVATIVES)};
+#undef FASTACT_ROW_DERIVATIVES
+
 /// One activation with its parameters: what the nodes need to know of it. `dx` below is backward(dy, saved).
 struct Call {
-  int row;  // kSoftmax for softmax
+  int row;  // of activations.h; along a dim, of softmax.h
   double parameters[kMaxParameters] = {};
+  bool along_dim = false;
   int64_t dim = 0;
+  SoftmaxOptions options = {};
 
-  static constexpr int kSoftmax = -1;
-
-  std::string name() const { return row == kSoftmax ? "Softmax" : kRows[row].functor; }
-  bool saves_input() const { return row != kSoftmax && kRows[row].saves_input(parameters); }
+  std::string name() const { return along_dim ? kSoftmaxes[row].functor : kRows[row].functor; }
+  bool saves_input() const { return !along_dim && kRows[row].saves_input(parameters); }
 
   Tensor backward(const Tensor& dy, const Tensor& saved) const {
-    if (row == kSoftmax) return softmax_backward_op().call(dy, saved, dim);
+    if (along_dim) return call_softmax_backward_op(row, dy, saved, dim, options);
     return with_arity(kRows[row].arity(), [&]<class... P>() {
       return spread<P...>(parameters, [&](P... p) { return backward_op<P...>(row).call(dy, saved, p...); });
     });
@@ -56,22 +120,27 @@ struct Call {
 
   /// Without the dispatcher: for plain() tensors.
   Tensor cpu_backward(Tensor&& dy, const Tensor& saved) const {
-    if (row == kSoftmax) return cpu_softmax_backward(std::move(dy), saved, dim);
+    if (along_dim) return cpu_softmax_backward(row, std::move(dy), saved, dim, options);
     return fastact::cpu_backward(row, std::move(dy), saved, parameters);
+  }
+
+  /// Tangent of the output for a tangent of the input; and gradient of <t, dx> with respect to dy, which is the same. Where the
+  /// Jacobian is symmetric, the backward.
+  Tensor tangent(const Tensor& t, const Tensor& saved) const {
+    if (along_dim && !kRowDerivatives[row].symmetric) return kRowDerivatives[row].dy_gradient(t, saved, dim, options);
+    return backward(t, saved);
   }
 
   /// Gradient of <ddx, dx> with respect to the saved tensor; undefined where it is zero.
   Tensor saved_gradient(const Tensor& ddx, const Tensor& dy, const Tensor& saved) const {
-    if (row == kSoftmax)  // ddx (dy - sum(dy y)) - dy sum(ddx y)
-      return ddx * (dy - (dy * saved).sum(dim, true)) - dy * (ddx * saved).sum(dim, true);
+    if (along_dim) return kRowDerivatives[row].y_gradient(ddx, dy, saved, dim, options);
     const Tensor d = kDerivatives[row](dy, saved, parameters);
     return d.defined() ? ddx * d : d;
   }
 
   /// Tangent of dx for a tangent of the saved tensor; undefined where it is zero.
   Tensor saved_tangent(const Tensor& t, const Tensor& dy, const Tensor& saved) const {
-    if (row == kSoftmax)  // t (dy - sum(dy y)) - y sum(dy t)
-      return t * (dy - (dy * saved).sum(dim, true)) - saved * (dy * t).sum(dim, true);
+    if (along_dim) return kRowDerivatives[row].y_tangent(t, dy, saved, dim, options);
     return saved_gradient(t, dy, saved);
   }
 };
@@ -79,6 +148,10 @@ struct Call {
 template <class... P>
 Call call_of(int row, P... p) {
   return {row, {p...}};
+}
+template <class... P>
+Call call_along(int row, int64_t dim, P... p) {
+  return {row, {}, true, dim, {p...}};
 }
 
 struct BackwardNode : torch::autograd::TraceableFunction {
@@ -98,7 +171,7 @@ struct BackwardNode : torch::autograd::TraceableFunction {
     variable_list result(2);
     if (!ddx.defined()) return result;
     const Tensor s = saved.unpack();
-    if (task_should_compute_output(0)) result[0] = activation.backward(ddx, s);
+    if (task_should_compute_output(0)) result[0] = activation.tangent(ddx, s);
     if (task_should_compute_output(1)) result[1] = activation.saved_gradient(ddx, dy.unpack(), s);
     return result;
   }
@@ -168,7 +241,7 @@ Tensor forward(const Call& call, const Tensor& x, const Redispatch& redispatch) 
     return redispatch();
   }();
   if (node) torch::autograd::set_history(y, node);
-  if (dual) y._set_fw_grad(call.backward(tangent_of(x), call.saves_input() ? x._fw_primal(0) : y), 0, false);
+  if (dual) y._set_fw_grad(call.tangent(tangent_of(x), call.saves_input() ? x._fw_primal(0) : y), 0, false);
   if (node) {  // after the tangent is set, which a saved output keeps
     node->output_saved = !call.saves_input();
     node->saved = SavedVariable(node->output_saved ? y : x, node->output_saved);
@@ -262,15 +335,24 @@ struct InplaceVersion {
   }
 };
 
-Tensor softmax_autograd(c10::DispatchKeySet keys, const Tensor& x, int64_t dim) {
-  return forward({Call::kSoftmax, {}, dim}, x,
-                 [&] { return softmax_op().redispatch(keys & c10::after_autograd_keyset, x, dim); });
-}
+template <class... P>
+struct SoftmaxAutograd {
+  int row;
+  Tensor operator()(c10::DispatchKeySet keys, const Tensor& x, int64_t dim, P... p) const {
+    return forward(call_along(row, dim, p...), x,
+                   [&] { return softmax_op<P...>(row).redispatch(keys & c10::after_autograd_keyset, x, dim, p...); });
+  }
+};
 
-Tensor softmax_backward_autograd(c10::DispatchKeySet keys, const Tensor& dy, const Tensor& y, int64_t dim) {
-  return backward({Call::kSoftmax, {}, dim}, dy, y,
-                  [&] { return softmax_backward_op().redispatch(keys & c10::after_autograd_keyset, dy, y, dim); });
-}
+template <class... P>
+struct SoftmaxBackwardAutograd {
+  int row;
+  Tensor operator()(c10::DispatchKeySet keys, const Tensor& dy, const Tensor& y, int64_t dim, P... p) const {
+    return backward(call_along(row, dim, p...), dy, y, [&] {
+      return softmax_backward_op<P...>(row).redispatch(keys & c10::after_autograd_keyset, dy, y, dim, p...);
+    });
+  }
+};
 
 template <class F>
 void each_row(const F& f) {
@@ -284,8 +366,7 @@ TORCH_LIBRARY_IMPL(fastact, Autograd, m) {
     m.impl((name + "_").c_str(), InplaceAutograd<P...>{row});
     m.impl((name + "_backward").c_str(), BackwardAutograd<P...>{row});
   });
-  m.impl("softmax", TORCH_FN(softmax_autograd));
-  m.impl("softmax_backward", TORCH_FN(softmax_backward_autograd));
+  register_softmaxes<SoftmaxAutograd, SoftmaxBackwardAutograd>(m);
 }
 
 TORCH_LIBRARY_IMPL(fastact, ADInplaceOrView, m) {

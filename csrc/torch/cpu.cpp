@@ -88,20 +88,21 @@ struct CPU {
     });
   }
 
-  static void softmax(DType dtype, const Tensor& x, const Tensor& y, SoftmaxShape shape) {
-    const SoftmaxForward kernel = cpu::kernels().softmax_forward[dtype];
+  static void softmax(int row, DType dtype, const Tensor& x, const Tensor& y, SoftmaxShape shape, SoftmaxOptions options) {
+    const SoftmaxForward kernel = cpu::kernels().softmax_forward[row][dtype];
     const void* from = x.const_data_ptr();
     void* to = y.mutable_data_ptr();
-    parallel_units(shape, kCostlyGrain, [&](int64_t begin, int64_t end) { kernel(from, to, shape, begin, end); });
+    parallel_units(shape, kCostlyGrain, [&](int64_t begin, int64_t end) { kernel(from, to, shape, options, begin, end); });
   }
 
-  static void softmax_backward(DType dtype, const Tensor& dy, const Tensor& y, const Tensor& dx, SoftmaxShape shape) {
-    const SoftmaxBackward kernel = cpu::kernels().softmax_backward[dtype];
+  static void softmax_backward(int row, DType dtype, const Tensor& dy, const Tensor& y, const Tensor& dx, SoftmaxShape shape,
+                               SoftmaxOptions options) {
+    const SoftmaxBackward kernel = cpu::kernels().softmax_backward[row][dtype];
     const void* from = dy.const_data_ptr();
     const void* kept = y.const_data_ptr();
     void* to = dx.mutable_data_ptr();
     parallel_units(shape, shape.inner > 1 ? kCostlyGrain : kGrain,
-                   [&](int64_t begin, int64_t end) { kernel(from, kept, to, shape, begin, end); });
+                   [&](int64_t begin, int64_t end) { kernel(from, kept, to, shape, options, begin, end); });
   }
 };
 
@@ -130,13 +131,15 @@ bool plain(const Tensor& x) {
 }
 
 Tensor cpu_forward(int row, const Tensor& x, const double* parameters) { return forward<CPU>(row, x, parameters); }
-Tensor cpu_softmax(const Tensor& x, int64_t dim) { return softmax<CPU>(x, dim); }
+Tensor cpu_softmax(int row, const Tensor& x, int64_t dim, const SoftmaxOptions& options) {
+  return softmax<CPU>(row, x, dim, options);
+}
 
 Tensor cpu_backward(int row, Tensor&& dy, const Tensor& saved, const double* parameters) {
   return backward<CPU>(row, dy, saved, parameters, after_use(dy));
 }
-Tensor cpu_softmax_backward(Tensor&& dy, const Tensor& y, int64_t dim) {
-  return softmax_backward<CPU>(dy, y, dim, after_use(dy));
+Tensor cpu_softmax_backward(int row, Tensor&& dy, const Tensor& y, int64_t dim, const SoftmaxOptions& options) {
+  return softmax_backward<CPU>(row, dy, y, dim, options, after_use(dy));
 }
 
 }  // namespace fastact

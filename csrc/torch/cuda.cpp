@@ -59,23 +59,25 @@ struct CUDA {
   }
 
   /// Freed when it goes out of scope, which torch's allocator delays until the stream has come that far.
-  static Tensor workspace(DType dtype, SoftmaxShape shape, bool backward, const cuda::Queue& queue, const Tensor& like) {
-    const int64_t bytes = cuda::kernels().softmax_workspace(dtype, shape, backward, queue);
+  static Tensor workspace(int row, DType dtype, SoftmaxShape shape, bool backward, const cuda::Queue& queue,
+                          const Tensor& like) {
+    const int64_t bytes = cuda::kernels().softmax_workspace(row, dtype, shape, backward, queue);
     return bytes > 0 ? Tensor(at::detail::empty_cuda({bytes}, at::kByte, like.device(), std::nullopt)) : Tensor();
   }
 
-  static void softmax(DType dtype, const Tensor& x, const Tensor& y, SoftmaxShape shape) {
+  static void softmax(int row, DType dtype, const Tensor& x, const Tensor& y, SoftmaxShape shape, SoftmaxOptions options) {
     const cuda::Queue queue = current_queue();
-    const Tensor space = workspace(dtype, shape, false, queue, x);
-    check(cuda::kernels().softmax_forward[dtype](x.const_data_ptr(), y.mutable_data_ptr(), shape,
-                                                 space.defined() ? space.mutable_data_ptr() : nullptr, queue));
+    const Tensor space = workspace(row, dtype, shape, false, queue, x);
+    check(cuda::kernels().softmax_forward[row][dtype](x.const_data_ptr(), y.mutable_data_ptr(), shape, options,
+                                                      space.defined() ? space.mutable_data_ptr() : nullptr, queue));
   }
 
-  static void softmax_backward(DType dtype, const Tensor& dy, const Tensor& y, const Tensor& dx, SoftmaxShape shape) {
+  static void softmax_backward(int row, DType dtype, const Tensor& dy, const Tensor& y, const Tensor& dx, SoftmaxShape shape,
+                               SoftmaxOptions options) {
     const cuda::Queue queue = current_queue();
-    const Tensor space = workspace(dtype, shape, true, queue, y);
-    check(cuda::kernels().softmax_backward[dtype](dy.const_data_ptr(), y.const_data_ptr(), dx.mutable_data_ptr(), shape,
-                                                  space.defined() ? space.mutable_data_ptr() : nullptr, queue));
+    const Tensor space = workspace(row, dtype, shape, true, queue, y);
+    check(cuda::kernels().softmax_backward[row][dtype](dy.const_data_ptr(), y.const_data_ptr(), dx.mutable_data_ptr(), shape,
+                                                       options, space.defined() ? space.mutable_data_ptr() : nullptr, queue));
   }
 };
 

@@ -5,8 +5,8 @@
 //     Tensor empty_as(const Tensor& x);           uninitialised, with the layout of a dense x
 //     void forward(int row, DType, const Tensor& x, const Tensor& y, const double* parameters);
 //     void backward(int row, DType, const Tensor& dy, const Tensor& saved, const Tensor& dx, const double* parameters);
-//     void softmax(DType, const Tensor& x, const Tensor& y, SoftmaxShape);
-//     void softmax_backward(DType, const Tensor& dy, const Tensor& y, const Tensor& dx, SoftmaxShape);
+//     void softmax(int row, DType, const Tensor& x, const Tensor& y, SoftmaxShape, SoftmaxOptions);
+//     void softmax_backward(int row, DType, const Tensor& dy, const Tensor& y, const Tensor& dx, SoftmaxShape, SoftmaxOptions);
 //   };
 //
 // All are static. The tensors they get are dense and laid out alike; y and dx may be x, dy or the saved tensor. Those of
@@ -158,26 +158,50 @@ inline SoftmaxShape shape_of(const Tensor& x, int64_t dim) {
   return {x.numel() / (length * inner), length, inner};
 }
 
+inline void check_options(const char* op, const SoftmaxOptions& o) {
+  TORCH_CHECK_VALUE(0x1p-126 <= o.temperature && o.temperature <= 0x1p126, "fastact::", op,
+                    ": temperature must be a number from 2^-126 to 2^126, not ", o.temperature);
+}
+
 template <class Device>
-Tensor softmax(const Tensor& x, int64_t dim) {
+Tensor softmax(int row, const Tensor& x, int64_t dim, const SoftmaxOptions& options) {
+  const char* name = kSoftmaxes[row].name;
   dim = at::maybe_wrap_dim(dim, x.dim());
-  const DType dtype = dtype_of("softmax", x);
+  const DType dtype = dtype_of(name, x);
+  check_options(name, options);
   const typename Device::Guard guard(x);
   return unary<Device>(x, [&](const Tensor& in, const Tensor& out) {
-    if (in.numel() > 0) Device::softmax(dtype, in, out, shape_of(in, dim));
+    if (in.numel() > 0) Device::softmax(row, dtype, in, out, shape_of(in, dim), options);
   });
 }
 
 template <class Device>
-Tensor softmax_backward(const Tensor& dy, const Tensor& y, int64_t dim, Gradient gradient) {
+Tensor softmax_backward(int row, const Tensor& dy, const Tensor& y, int64_t dim, const SoftmaxOptions& options,
+                        Gradient gradient = Gradient::kept) {
+  const char* name = kSoftmaxes[row].name;
   dim = at::maybe_wrap_dim(dim, y.dim());
-  check_backward("softmax", dy, y);
-  const DType dtype = dtype_of("softmax", dy);
+  check_backward(name, dy, y);
+  const DType dtype = dtype_of(name, dy);
+  check_options(name, options);
   const typename Device::Guard guard(dy);
   const Binary<Device> t(dy, y, gradient);
-  if (y.numel() > 0) Device::softmax_backward(dtype, t.dy, t.saved, t.out, shape_of(t.out, dim));
+  if (y.numel() > 0) Device::softmax_backward(row, dtype, t.dy, t.saved, t.out, shape_of(t.out, dim), options);
   return t.out;
 }
+
+template <class Device, class... P>
+struct SoftmaxKernel {
+  int row;
+  Tensor operator()(const Tensor& x, int64_t dim, P... p) const { return softmax<Device>(row, x, dim, {p...}); }
+};
+
+template <class Device, class... P>
+struct SoftmaxBackwardKernel {
+  int row;
+  Tensor operator()(const Tensor& dy, const Tensor& y, int64_t dim, P... p) const {
+    return softmax_backward<Device>(row, dy, y, dim, {p...});
+  }
+};
 
 // ---- Registration ----------------------------------------------------------------------------------------------------------
 
@@ -201,12 +225,14 @@ struct On {
   using Inplace = InplaceKernel<Device, P...>;
   template <class... P>
   using Backward = BackwardKernel<Device, P...>;
+  template <class... P>
+  using SoftmaxForward = SoftmaxKernel<Device, P...>;
+  template <class... P>
+  using SoftmaxBackward = SoftmaxBackwardKernel<Device, P...>;
 
   static void register_all(torch::Library& m) {
     register_rows<Forward, Inplace, Backward>(m);
-    m.impl("softmax", softmax<Device>);
-    m.impl("softmax_backward",
-           [](const Tensor& dy, const Tensor& y, int64_t dim) { return softmax_backward<Device>(dy, y, dim, Gradient::kept); });
+    register_softmaxes<SoftmaxForward, SoftmaxBackward>(m);
   }
 };
 

@@ -10,6 +10,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <mutex>
@@ -43,19 +44,23 @@ auto unlocked(const Tensor& x, const F& f) {
 
 /// A public function: its arguments' names and defaults, its plain-torch reference, and the op behind it.
 struct Function {
-  int row;  // kSoftmax for softmax
+  int row;  // of activations.h; along a dim, of softmax.h
+  bool along_dim;
   std::string name, doc;
   PyMethodDef method;
   py::object reference;                // called for what has no kernel
-  py::object warn;                     // softmax: warns of an implicit or a useless dim, returns the dim
+  py::object warn;                     // along a dim: warns of an implicit or a useless one, returns the dim
   std::vector<std::string> arguments;  // x first
   std::vector<double> defaults;        // of the float parameters
   bool inplace = false;                // whether the last argument is `inplace`
   int precise = kNone;                 // the row to take where the last argument, `precise_grad`, is true
   py::object self;                     // the C function
 
-  static constexpr int kSoftmax = -1, kNone = -2;
+  static constexpr int kNone = -1;
 };
+
+/// The most arguments that a function has.
+constexpr size_t kMostArguments = std::max(kMaxParameters + 2, 5);
 
 /// Why a device that could have kernels has none; null where it has them, or never could.
 const char* why_no_kernels(c10::Device device) {
@@ -187,6 +192,23 @@ PyObject* call_row(const Function& f, PyObject** bound, const Tensor& x) {
   });
 }
 
+/// What the arguments from `at` on say, temperature and masked_rows; empty where the reference has to look at them.
+std::optional<SoftmaxOptions> softmax_options(const Function& f, PyObject** bound, size_t at, const Tensor& x) {
+  SoftmaxOptions options;
+  if (PyObject* temperature = bound[at]) {
+    if (!PyNumber_Check(temperature)) bad_type(f, at, "Number", temperature);
+    const std::optional<double> number = parameter(temperature, x);
+    if (!number || !(0x1p-126 <= *number && *number <= 0x1p126)) return {};
+    options.temperature = *number;
+  }
+  if (PyObject* masked_rows = bound[at + 1]) {
+    if (!PyUnicode_Check(masked_rows)) return {};
+    options.masked_zero = PyUnicode_CompareWithASCIIString(masked_rows, "zero") == 0;
+    if (!options.masked_zero && PyUnicode_CompareWithASCIIString(masked_rows, "nan") != 0) return {};
+  }
+  return options;
+}
+
 PyObject* call_softmax(const Function& f, PyObject** bound, const Tensor& given) {
   PyObject* dim_ = bound[1] && bound[1] != Py_None ? bound[1] : nullptr;
   PyObject* dtype = bound[2] && bound[2] != Py_None ? bound[2] : nullptr;
@@ -197,7 +219,8 @@ PyObject* call_softmax(const Function& f, PyObject** bound, const Tensor& given)
   const bool unusual = dim_ && !PyLong_CheckExact(dim_);  // asking whether an object is a tensor takes long
   if (unusual && (PyBool_Check(dim_) || !PyIndex_Check(dim_))) bad_type(f, 1, "int", dim_);
   const Tensor x = dtype ? given.to(reinterpret_cast<THPDtype*>(dtype)->scalar_type) : given;
-  if (!has_kernel(x) || (unusual && THPVariable_Check(dim_))) return call_python(f, f.reference, bound);
+  const auto options = kSoftmaxes[f.row].tempered ? softmax_options(f, bound, 3, x) : SoftmaxOptions();
+  if (!options || !has_kernel(x) || (unusual && THPVariable_Check(dim_))) return call_python(f, f.reference, bound);
 
   int64_t dim;
   if (dim_) {
@@ -216,14 +239,17 @@ PyObject* call_softmax(const Function& f, PyObject** bound, const Tensor& given)
     warned = true;
     f.warn(dim, rank);
   }
-  return THPVariable_Wrap(
-      unlocked(x, [&] { return plain(x) && untracked(x) ? cpu_softmax(x, dim) : softmax_op().call(x, dim); }));
+  std::optional<c10::impl::ExcludeDispatchKeyGuard> as_asked;  // autocast leaves the dtype that a call names
+  if (dtype) as_asked.emplace(c10::autocast_dispatch_keyset);
+  return THPVariable_Wrap(unlocked(x, [&] {
+    return plain(x) && untracked(x) ? cpu_softmax(f.row, x, dim, *options) : call_softmax_op(f.row, x, dim, *options);
+  }));
 }
 
 PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   HANDLE_TH_ERRORS
   const Function& f = **static_cast<Function**>(PyModule_GetState(self));
-  PyObject* bound[kMaxParameters + 2] = {};
+  PyObject* bound[kMostArguments] = {};
   if (count == 1 && !keywords)
     bound[0] = args[0];
   else
@@ -231,30 +257,55 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject
   if (has_torch_function(bound[0])) return call_torch_function(f, bound);
   if (!THPVariable_Check(bound[0])) bad_type(f, 0, "Tensor", bound[0]);
   const Tensor& x = THPVariable_Unpack(bound[0]);
-  return f.row == Function::kSoftmax ? call_softmax(f, bound, x) : call_row(f, bound, x);
+  return f.along_dim ? call_softmax(f, bound, x) : call_row(f, bound, x);
   END_HANDLE_TH_ERRORS
 }
 
 int row_named(const std::string& name) {
   for (int row = 0; row < kRowCount; ++row)
     if (name == kRows[row].name) return row;
-  if (name == "softmax") return Function::kSoftmax;
   throw py::key_error("no activation named " + name);
+}
+
+/// Of softmax.h; -1 for no row of it.
+int softmax_named(const std::string& name) {
+  for (int row = 0; row < kSoftmaxCount; ++row)
+    if (name == kSoftmaxes[row].name) return row;
+  return -1;
+}
+
+/// The arguments that a function must have: x, then those that its caller below looks at.
+std::vector<std::string> expected_arguments(const Function& f) {
+  std::vector<std::string> names{"x"};
+  if (f.along_dim) {
+    names.insert(names.end(), {"dim", "dtype"});
+    if (kSoftmaxes[f.row].tempered) names.insert(names.end(), {"temperature", "masked_rows"});
+  } else {
+    for (int k = 0; k < kRows[f.row].arity(); ++k) names.push_back(kRows[f.row].parameters[k]);
+    if (f.inplace) names.push_back("inplace");
+    if (f.precise != Function::kNone) names.push_back("precise_grad");
+  }
+  return names;
 }
 
 /// Makes the C function for a public name. It lives as long as the process, as the functions of any module do.
 py::object make_function(const std::string& name, py::object reference, std::vector<std::string> arguments,
                          std::vector<double> defaults, bool inplace, const std::string& doc, py::object warn) {
-  auto* f = new Function{row_named(name),     name,   doc, {}, std::move(reference), std::move(warn), std::move(arguments),
-                         std::move(defaults), inplace};
-  if (f->arguments.back() == "precise_grad") f->precise = row_named("precise_" + name);
-  const size_t named = f->row == Function::kSoftmax ? 2 : size_t(kRows[f->row].arity());
-  const size_t expected = 1 + named + (inplace || f->precise != Function::kNone ? 1 : 0);
-  if (f->arguments.size() != expected || (f->row != Function::kSoftmax && f->defaults.size() != named))
+  const int softmax = softmax_named(name);
+  const bool along_dim = softmax >= 0;
+  auto* f = new Function{along_dim ? softmax : row_named(name),
+                         along_dim,
+                         name,
+                         doc,
+                         {},
+                         std::move(reference),
+                         std::move(warn),
+                         std::move(arguments),
+                         std::move(defaults),
+                         inplace};
+  if (!f->arguments.empty() && f->arguments.back() == "precise_grad") f->precise = row_named("precise_" + name);
+  if (f->arguments != expected_arguments(*f) || (!along_dim && int(f->defaults.size()) != kRows[f->row].arity()))
     throw py::value_error(name + ": the Python signature differs from the row's parameters");
-  for (size_t k = 0; f->row != Function::kSoftmax && k < named; ++k)
-    if (f->arguments[k + 1] != kRows[f->row].parameters[k])
-      throw py::value_error(name + ": the row calls its parameter " + kRows[f->row].parameters[k]);
   f->method = {f->name.c_str(), reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)),
                METH_FASTCALL | METH_KEYWORDS, f->doc.c_str()};
   // Bound to a module object that holds the pointer: so it prints, pickles and copies as any built-in function of a module.
@@ -276,9 +327,14 @@ py::list rows() {
   return list;
 }
 
+py::list rows_along_dim() {
+  py::list list;
+  for (const SoftmaxRow& row : kSoftmaxes) list.append(py::make_tuple(row.name, row.functor));
+  return list;
+}
+
 bool saves_input(const std::string& name, std::vector<double> parameters) {
   const int row = row_named(name);
-  if (row == Function::kSoftmax) return false;
   if (int(parameters.size()) != kRows[row].arity()) throw py::value_error("wrong number of parameters for " + name);
   parameters.resize(kMaxParameters);
   return kRows[row].saves_input(parameters.data());
@@ -326,6 +382,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled half of fastact.";
   m.def("make_function", &make_function);
   m.def("rows", &rows, "(name, functor, parameter names) of every elementwise activation.");
+  m.def("rows_along_dim", &rows_along_dim, "(name, functor) of every activation along a dim: softmax and its relatives.");
   m.def("saves_input", &saves_input, "Whether backward wants the input rather than the output.");
   m.def("build_info", &build_info, "What is in use: instruction sets and threads.");
   m.def(

@@ -15,8 +15,11 @@ TORCH_LIBRARY(fastact, m) {
     define(name + "_(Tensor(a!) x" + parameters + ") -> ()");
     define(name + "_backward(Tensor dy, Tensor saved" + parameters + ") -> Tensor");
   }
-  define("softmax(Tensor x, int dim) -> Tensor");
-  define("softmax_backward(Tensor dy, Tensor y, int dim) -> Tensor");
+  for (const SoftmaxRow& row : kSoftmaxes) {
+    const std::string name = row.name, temperature = row.tempered ? ", float temperature=1.0" : "";
+    define(name + "(Tensor x, int dim" + temperature + (row.tempered ? ", bool masked_zero=False" : "") + ") -> Tensor");
+    define(name + "_backward(Tensor dy, Tensor y, int dim" + temperature + ") -> Tensor");
+  }
 }
 
 template <class... P>
@@ -44,23 +47,32 @@ struct BackwardMeta {
   }
 };
 
-Tensor softmax_meta(const Tensor& x, int64_t dim) {
-  at::maybe_wrap_dim(dim, x.dim());
-  dtype_of("softmax", x);
-  return at::empty_like(x);
-}
+template <class... P>
+struct SoftmaxMeta {
+  int row;
+  Tensor operator()(const Tensor& x, int64_t dim, P... p) const {
+    at::maybe_wrap_dim(dim, x.dim());
+    dtype_of(kSoftmaxes[row].name, x);
+    check_options(kSoftmaxes[row].name, {p...});
+    return at::empty_like(x);
+  }
+};
 
-Tensor softmax_backward_meta(const Tensor& dy, const Tensor& y, int64_t dim) {
-  at::maybe_wrap_dim(dim, y.dim());
-  check_backward("softmax", dy, y);
-  dtype_of("softmax", dy);
-  return at::empty_like(leading(dy, y));
-}
+template <class... P>
+struct SoftmaxBackwardMeta {
+  int row;
+  Tensor operator()(const Tensor& dy, const Tensor& y, int64_t dim, P... p) const {
+    at::maybe_wrap_dim(dim, y.dim());
+    check_backward(kSoftmaxes[row].name, dy, y);
+    dtype_of(kSoftmaxes[row].name, dy);
+    check_options(kSoftmaxes[row].name, {p...});
+    return at::empty_like(leading(dy, y));
+  }
+};
 
 TORCH_LIBRARY_IMPL(fastact, Meta, m) {
   register_rows<ForwardMeta, InplaceMeta, BackwardMeta>(m);
-  m.impl("softmax", TORCH_FN(softmax_meta));
-  m.impl("softmax_backward", TORCH_FN(softmax_backward_meta));
+  register_softmaxes<SoftmaxMeta, SoftmaxBackwardMeta>(m);
 }
 
 }  // namespace

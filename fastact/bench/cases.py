@@ -11,7 +11,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from fastact._registry import elementwise, softmax
+from fastact._registry import along_dim, elementwise
 
 DTYPES = {
     "float32": torch.float32,
@@ -67,12 +67,13 @@ TWINS: dict[str, tuple[Any, Callable[..., tuple]]] = {
     "leaky_relu": (_aten.leaky_relu_backward.default, lambda x, y, args: (x, *args, False)),
     "elu": (_aten.elu_backward.default, lambda x, y, args: (*args, 1, 1, False, x)),
     "softmax": (_aten._softmax_backward_data.default, lambda x, y, args: (y, *args, y.dtype)),
+    "log_softmax": (_aten._log_softmax_backward_data.default, lambda x, y, args: (y, *args, y.dtype)),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One activation on one tensor; `dim` is set for softmax only."""
+    """One activation on one tensor; `dim` is set for softmax and its relatives only."""
 
     row: Any
     dtype: str
@@ -90,7 +91,7 @@ class Case:
 
 
 def op_names() -> list[str]:
-    return [*elementwise, softmax.name]
+    return [*elementwise, *along_dim]
 
 
 def make_cases(ops: Iterable[str], dtypes: Iterable[str], quick: bool = False, device: str = "cpu") -> list[Case]:
@@ -109,8 +110,7 @@ def make_cases(ops: Iterable[str], dtypes: Iterable[str], quick: bool = False, d
     for dtype in dtypes:
         for size in sizes:
             cases += [Case(row, dtype, f"{size:,}", (size,)) for row in rows]
-        if softmax.name in ops:
-            cases += [Case(softmax, dtype, *shape) for shape in shapes]
+        cases += [Case(row, dtype, *shape) for name, row in along_dim.items() if name in ops for shape in shapes]
     return cases
 
 

@@ -32,6 +32,7 @@ OPERATORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tanh": ("Tanh", ()),
     "elu": ("Elu", ("alpha",)),
     "softmax": ("Softmax", ("axis",)),
+    "log_softmax": ("LogSoftmax", ("axis",)),
 }
 ONNX_TYPES = {"float32": "FLOAT", "bfloat16": "BFLOAT16", "float16": "FLOAT16", "float64": "DOUBLE"}
 
@@ -145,6 +146,9 @@ class Jax:
         def softmax_backward(dy: Any, y: Any, dim: int) -> Any:
             return y * (dy - (dy * y).sum(dim, keepdims=True))
 
+        def log_softmax_backward(dy: Any, y: Any, dim: int) -> Any:
+            return dy - self._numpy.exp(y) * dy.sum(dim, keepdims=True)
+
         return {
             "sigmoid": (nn.sigmoid, lambda dy, y: dy * y * (1 - y)),
             "relu": (nn.relu, lambda dy, y: where(y > 0, dy, 0)),
@@ -156,6 +160,7 @@ class Jax:
             ),
             "elu": (nn.elu, lambda dy, y, alpha: where(y > 0, dy, dy * (y + alpha))),
             "softmax": (nn.softmax, softmax_backward),
+            "log_softmax": (nn.log_softmax, log_softmax_backward),
         }
 
 

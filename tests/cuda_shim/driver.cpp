@@ -1,10 +1,12 @@
-// Runs the CUDA kernels under the shim and checks what they compute. `driver DTYPE` checks all rows and softmax; `driver table`
-// prints how many of the 65,536 numbers of each 16-bit type come out one step off, for errors that the hardware may have.
+// Runs the CUDA kernels under the shim and checks what they compute. `driver DTYPE` checks all rows, of activations.h and of
+// softmax.h; `driver table` prints how many of the 65,536 numbers of each 16-bit type come out one step off, for errors that
+// the hardware may have.
 #include <array>
 #include <string>
 
 #include "../../csrc/activations.h"
 #include "../../csrc/kernels.h"
+#include "../../csrc/softmax.h"
 #include "cuda_shim.h"
 
 using namespace fastact;
@@ -253,29 +255,55 @@ void fill(Buffer<T>& x, Values values, const SoftmaxShape& s) {
 template <class T>
 using Workspace = std::unique_ptr<unsigned char, void (*)(void*)>;
 
+/// A row of softmax.h with its options.
+struct Along {
+  const char* name;
+  int row;
+  SoftmaxOptions options;
+  bool plain() const { return options.temperature == 1 && !options.masked_zero; }
+  bool logarithm() const { return name == std::string("log_softmax"); }
+};
+/// The defaults, and of those that take options others, which no multiplication by 1 and no row of finite numbers would show.
+std::vector<Along> all_along() {
+  std::vector<Along> all;
+  int row = 0;
+#define ALONG(name, Functor)                                              \
+  all.push_back({#name, row, {}});                                        \
+  if (generic::Functor<double>::tempered) {                               \
+    all.push_back({#name " at a temperature of 0.3", row, {0.3, true}});  \
+    all.push_back({#name " at a temperature of 2.5", row, {2.5, false}}); \
+    all.push_back({#name " with masked rows of 0", row, {1, true}});      \
+  }                                                                       \
+  ++row;
+  FASTACT_SOFTMAXES(ALONG)
+#undef ALONG
+  return all;
+}
+
 template <class T>
-Buffer<T> softmax(const Buffer<T>& x, const SoftmaxShape& s, cuda::Queue queue) {
+Buffer<T> softmax(const Along& a, const Buffer<T>& x, const SoftmaxShape& s, cuda::Queue queue) {
   Buffer<T> y(x.n);
-  Workspace<T> space(static_cast<unsigned char*>(malloc(size_t(cuda::kernels().softmax_workspace(T::dtype, s, false, queue)))),
-                     free);
-  expect(cuda::kernels().softmax_forward[T::dtype](x.p, y.p, s, space.get(), queue) == 0, "launch");
+  const int64_t bytes = cuda::kernels().softmax_workspace(a.row, T::dtype, s, false, queue);
+  Workspace<T> space(static_cast<unsigned char*>(malloc(size_t(bytes))), free);
+  expect(cuda::kernels().softmax_forward[a.row][T::dtype](x.p, y.p, s, a.options, space.get(), queue) == 0, "launch");
   return y;
 }
 template <class T>
-Buffer<T> softmax_backward(const Buffer<T>& dy, const Buffer<T>& y, const SoftmaxShape& s, cuda::Queue queue) {
+Buffer<T> softmax_backward(const Along& a, const Buffer<T>& dy, const Buffer<T>& y, const SoftmaxShape& s, cuda::Queue queue) {
   Buffer<T> dx(y.n);
-  Workspace<T> space(static_cast<unsigned char*>(malloc(size_t(cuda::kernels().softmax_workspace(T::dtype, s, true, queue)))),
-                     free);
-  expect(cuda::kernels().softmax_backward[T::dtype](dy.p, y.p, dx.p, s, space.get(), queue) == 0, "launch");
+  const int64_t bytes = cuda::kernels().softmax_workspace(a.row, T::dtype, s, true, queue);
+  Workspace<T> space(static_cast<unsigned char*>(malloc(size_t(bytes))), free);
+  expect(cuda::kernels().softmax_backward[a.row][T::dtype](dy.p, y.p, dx.p, s, a.options, space.get(), queue) == 0, "launch");
   return dx;
 }
 
 /// Against sums in long double. The unit is that of the type computed in; to it comes one rounding to T. An exponential is off
-/// by what rounds x - m, a few units more, and where the hardware approximates, once more what rounds (x - m) log2(e).
+/// by what rounds x - m, by as much twice for the product with the rounded 1 / temperature, a few units more, and where the
+/// hardware approximates, once more what rounds (x - m) log2(e). A logarithm is off by what its sum is, relatively.
 template <class T>
-void check_softmax_values(const Buffer<T>& x, const Buffer<T>& y, const Buffer<T>& dy, const Buffer<T>& dx,
+void check_softmax_values(const Along& a, const Buffer<T>& x, const Buffer<T>& y, const Buffer<T>& dy, const Buffer<T>& dx,
                           const SoftmaxShape& s) {
-  const int distances = sizeof(typename T::Bits) == 2 ? 2 : 1;
+  const int distances = (sizeof(typename T::Bits) == 2 ? 2 : 1) + (a.options.temperature == 1 ? 0 : 2);
   const double unit = T::precision == 53 ? 0x1p-53 : 0x1p-24, smallest = T::precision == 53 ? 0x1p-1022 : 0x1p-126;
   const auto check = [&](double got, long double exact, long double error, int64_t j) {
     if constexpr (sizeof(typename T::Bits) == 2) error += 0.5 * spacing<T>(double(fabsl(exact) + error));
@@ -286,17 +314,21 @@ void check_softmax_values(const Buffer<T>& x, const Buffer<T>& y, const Buffer<T
   for (int64_t outer = 0; outer < s.outer; ++outer)
     for (int64_t inner = 0; inner < s.inner; ++inner) {
       const auto at = [&](int64_t j) { return size_t((outer * s.length + j) * s.inner + inner); };
-      long double m = -HUGE_VAL, sum = 0, dot = 0, size = 0;
+      const long double t = a.options.temperature;
+      long double m = -HUGE_VAL, sum = 0, far = 0, dot = 0, size = 0;
       bool nan = false;
       for (int64_t j = 0; j < s.length; ++j) {
         const double v = value(T(), x.p[at(j)]);
         nan = nan || std::isnan(v);
         m = std::max<long double>(m, std::isnan(v) ? -HUGE_VAL : v);
       }
-      nan = nan || std::isinf(double(m));
-      for (int64_t j = 0; j < s.length && !nan; ++j) {
-        sum += expl(value(T(), x.p[at(j)]) - m);
-        const long double product = (long double)value(T(), dy.p[at(j)]) * value(T(), y.p[at(j)]);
+      const bool masked = !nan && m == -HUGE_VAL && a.options.masked_zero;
+      nan = nan || (std::isinf(double(m)) && !masked);
+      for (int64_t j = 0; j < s.length && !nan && !masked; ++j) {
+        const long double below = (m - value(T(), x.p[at(j)])) / t, term = expl(-below);
+        sum += term;
+        if (term > 0) far += term * below;
+        const long double g = value(T(), dy.p[at(j)]), product = a.logarithm() ? g : g * value(T(), y.p[at(j)]);
         dot += product;
         size += fabsl(product);
       }
@@ -306,10 +338,28 @@ void check_softmax_values(const Buffer<T>& x, const Buffer<T>& y, const Buffer<T
           expect(std::isnan(got), "a row without a maximum is not all NaN");
           continue;
         }
-        const long double below = m - value(T(), x.p[at(j)]), exact = expl(-below) / sum;
-        check(got, exact, std::isinf(double(below)) ? 0 : exact * (distances * below + 20) * unit + smallest, j);
-        const long double slope = value(T(), dy.p[at(j)]) - dot;
-        check(gradient, got * slope, got * (4 * fabsl(slope) + 24 * size) * unit + smallest, j);
+        if (masked) {
+          expect(got == 0 && gradient == 0, "a masked row is not 0 with a gradient of 0");
+          continue;
+        }
+        const long double below = (m - value(T(), x.p[at(j)])) / t, g = value(T(), dy.p[at(j)]);
+        const bool infinite = std::isinf(double(below));
+        if (a.logarithm() && infinite) {
+          expect(std::isinf(got) && got < 0 && same<T>(dx.p[at(j)], dy.p[at(j)]), "-inf does not stay so, with its gradient");
+          continue;
+        }
+        if (a.logarithm()) {
+          const long double exact = -below - logl(sum);
+          check(got, exact, (below - exact + 3 * logl(sum) + distances * far / sum + 20) * unit, j);
+          const long double p = expl(got);
+          const long double error = fabsl(g) + p * ((distances * fabsl(got) + 4) * fabsl(dot) + 24 * size);
+          check(gradient, g - p * dot, error * unit + smallest * (1 + fabsl(dot)), j);
+          continue;
+        }
+        const long double exact = expl(-below) / sum;
+        check(got, exact, infinite ? 0 : exact * (distances * below + 20) * unit + smallest, j);
+        const long double slope = (g - dot) / t;
+        check(gradient, got * slope, got * (6 * fabsl(slope) + 24 * size / t) * unit + smallest / t, j);
       }
     }
 }
@@ -335,7 +385,7 @@ std::vector<SoftmaxShape> shapes() {
 }
 
 template <class T>
-void check_softmax() {
+void check_softmax(const Along& a) {
   long cases = 0;
   const std::vector<SoftmaxShape> all = shapes();
   for (const Device& device : kDevices) {
@@ -345,35 +395,39 @@ void check_softmax() {
       // What fits into a block does not ask how large clusters are.
       if (&device == &kDevices[2] && s.length * std::min<int64_t>(s.inner, 8) < 8192) continue;
       const size_t n = size_t(s.outer * s.length * s.inner);
+      // Options meet every kernel on a device without clusters.
+      if (!a.plain() && (&device == &kDevices[2] || (&device == &kDevices[0] && n > 3000))) continue;
       // Every kind of values meets every regime; the largest shapes see two of them.
       for (int values = 0; values < kValues; ++values) {
-        if (n > 3000 && values != kNormal && values != int(k) % kValues) continue;
-        if (n <= 3000 && values != kNormal && &device != &kDevices[0]) continue;
-        where = "softmax (" + std::to_string(s.outer) + ", " + std::to_string(s.length) + ", " + std::to_string(s.inner) +
-                ") for sm_" + std::to_string(queue.capability) + ", clusters of " +
+        const bool telling = a.options.masked_zero && values == kAllMasked;
+        if (n > 3000 && values != kNormal && values != int(k) % kValues && !telling) continue;
+        if (n <= 3000 && values != kNormal && &device != &kDevices[0] && !telling) continue;
+        where = std::string(a.name) + " (" + std::to_string(s.outer) + ", " + std::to_string(s.length) + ", " +
+                std::to_string(s.inner) + ") for sm_" + std::to_string(queue.capability) + ", clusters of " +
                 std::to_string(device.most_blocks_of_cluster) + ", values " + std::to_string(values);
         Buffer<T> x(n), dy(n);
         fill(x, Values(values), s);
         fill_normal(dy, 1);
         shim::schedule = shim::kInOrder;
-        const Buffer<T> y = softmax(x, s, queue), dx = softmax_backward(dy, y, s, queue);
-        check_softmax_values(x, y, dy, dx, s);
+        const Buffer<T> y = softmax(a, x, s, queue), dx = softmax_backward(a, dy, y, s, queue);
+        check_softmax_values(a, x, y, dy, dx, s);
         ++cases;
         // Nor may the hardware's approximate results be off by so much that it shows.
         for (const int ulps : {-2, 2}) {
           if (sizeof(typename T::Bits) > 2 || n > 1000) break;
           shim::approximate_ulps = ulps;
-          const Buffer<T> y_moved = softmax(x, s, queue);
-          check_softmax_values(x, y_moved, dy, softmax_backward(dy, y_moved, s, queue), s);
+          const Buffer<T> y_moved = softmax(a, x, s, queue);
+          check_softmax_values(a, x, y_moved, dy, softmax_backward(a, dy, y_moved, s, queue), s);
           shim::approximate_ulps = 0;
         }
 
-        for (int schedule = 1; schedule < shim::kSchedules; ++schedule) {
+        // Options change what a thread computes, not which thread does.
+        for (int schedule = 1; schedule < (a.plain() ? shim::kSchedules : 1); ++schedule) {
           // The order must not matter, nor where the inputs begin.
           shim::schedule = shim::Schedule(schedule);
           const Buffer<T> x_moved(x, schedule), dy_moved(dy, schedule % 3), y_moved(y, 2 * schedule % 5);
-          expect(softmax(x_moved, s, queue) == y, "depends on the schedule or the address");
-          expect(softmax_backward(dy_moved, y_moved, s, queue) == dx, "backward depends on the schedule or the address");
+          expect(softmax(a, x_moved, s, queue) == y, "depends on the schedule or the address");
+          expect(softmax_backward(a, dy_moved, y_moved, s, queue) == dx, "backward depends on the schedule or the address");
         }
         // Nor what other rows there are.
         if (s.outer > 1 && s.outer < 10) {
@@ -381,13 +435,13 @@ void check_softmax() {
           const size_t rest = size_t(s.length * s.inner);
           Buffer<T> alone(rest);
           memcpy(alone.p, x.p + (n - rest), rest * sizeof(typename T::Bits));
-          const Buffer<T> y_alone = softmax(alone, last, queue);
+          const Buffer<T> y_alone = softmax(a, alone, last, queue);
           for (size_t i = 0; i < rest; ++i) expect(same<T>(y_alone.p[i], y.p[n - rest + i]), "depends on its neighbours");
         }
       }
     }
   }
-  printf("softmax: %zu shapes, %ld cases, each under several schedules\n", all.size(), cases);
+  printf("%s: %zu shapes, %ld cases, each under several schedules\n", a.name, all.size(), cases);
 }
 
 // ---- How many numbers are misrounded ---------------------------------------------------------------------------------------
@@ -429,7 +483,7 @@ int main(int, char** argv) {
   const auto check = [&]<class T>(const char* name, T) {
     if (what != name) return;
     check_rows<T>();
-    check_softmax<T>();
+    for (const Along& a : all_along()) check_softmax<T>(a);
   };
   check("float64", Float64());
   check("float32", Float32());
