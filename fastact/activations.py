@@ -21,11 +21,14 @@ What holds for every function here:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastact._registry import activation
+from fastact.channels import channel_scaled_sigmoid
 
 __all__ = [
     "ELU",
@@ -127,17 +130,30 @@ def scaled_sigmoid(x: Tensor, scale: float = 1.0, slope: float = 1.0) -> Tensor:
 
 
 class ScaledSigmoid(nn.Module):
-    """`fastact.scaled_sigmoid` as a module: scale * sigmoid(slope * x). Shape: any; the output has the input's."""
+    """`fastact.scaled_sigmoid` as a module: scale * sigmoid(slope * x). Shape: any; the output has the input's.
 
-    def __init__(self, scale: float = 1.0, slope: float = 1.0) -> None:
+    With `learnable`, `scale` and `slope` are parameters of `num_parameters` elements that begin with the numbers given: one for
+    all, or one per channel, as in `torch.nn.PReLU`. See `fastact.channel_scaled_sigmoid`.
+    """
+
+    learnable = False
+    scale: Any
+    slope: Any
+
+    def __init__(self, scale: float = 1.0, slope: float = 1.0, learnable: bool = False, num_parameters: int = 1) -> None:
         super().__init__()
         self.scale = scale
         self.slope = slope
+        if learnable:
+            self.learnable = True
+            self.scale, self.slope = (nn.Parameter(torch.full((num_parameters,), float(p))) for p in (scale, slope))
 
     def forward(self, input: Tensor) -> Tensor:
-        return scaled_sigmoid(input, self.scale, self.slope)
+        return (channel_scaled_sigmoid if self.learnable else scaled_sigmoid)(input, self.scale, self.slope)
 
     def extra_repr(self) -> str:
+        if self.learnable:
+            return f"learnable=True, num_parameters={self.scale.numel()}"
         return f"scale={self.scale}, slope={self.slope}"
 
 

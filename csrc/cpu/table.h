@@ -2,6 +2,8 @@
 #pragma once
 
 #include "../activations.h"
+#include "../channels.h"
+#include "channels.h"
 #include "elementwise.h"
 #include "softmax_rows.h"
 
@@ -15,6 +17,9 @@ const Kernels kernels = {
     {FASTACT_ACTIVATIONS(FASTACT_BACKWARD)},
     FASTACT_EACH_DTYPE(softmax_forward),
     FASTACT_EACH_DTYPE(softmax_backward),
+    {FASTACT_CHANNEL_ACTIVATIONS(FASTACT_CHANNEL_FORWARD)},
+    {FASTACT_CHANNEL_ACTIVATIONS(FASTACT_CHANNEL_BACKWARD)},
+    FASTACT_EACH_DTYPE(channel_totals),
 };
 
 }  // namespace FASTACT_NAMESPACE

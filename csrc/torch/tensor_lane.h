@@ -7,6 +7,7 @@
 #include <ATen/ops/copysign.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/maximum.h>
+#include <ATen/ops/sigmoid.h>
 #include <ATen/ops/sign.h>
 #include <ATen/ops/where.h>
 
@@ -97,6 +98,13 @@ inline TensorLane exp_nonpositive(const TensorLane& x) {
   return {e, x.tangent * e};
 }
 inline TensorLane exp_gradual(const TensorLane& x) { return exp_nonpositive(x); }
+inline TensorLane logistic(const TensorLane& x) {
+  const Term s{x.value.tensor.sigmoid()};
+  return {s, x.tangent * (s * (Term{{}, 1} - s))};
+}
+/// What is rare to kernels is nothing special to torch's ops.
+inline bool any_less(const TensorLane&, const TensorLane&) { return false; }
+inline TensorLane exp_subnormal(const TensorLane& x) { return exp_nonpositive(x); }
 inline TensorLane expm1_nonpositive(const TensorLane& x) {
   return {{x.value.tensor.expm1()}, x.tangent * Term{x.value.tensor.exp()}};
 }
