@@ -63,11 +63,12 @@ def activation(*, autocast: bool = False) -> Callable[[Callable[P, Tensor]], Cal
         name, signature = reference.__name__, inspect.signature(reference)
         names = tuple(signature.parameters)
         op = getattr(torch.ops.fastact, name).default
+        plain: Callable[..., Tensor] = reference
 
         @functools.wraps(reference)
         def function(*args: Any, **keywords: Any) -> Any:
             if torch.compiler.is_compiling():
-                return reference(*args, **keywords)
+                return plain(*args, **keywords)
             if keywords or len(args) != len(names):
                 args = signature.bind(*args, **keywords).args
             if has_torch_function_variadic(*args):
@@ -81,7 +82,7 @@ def activation(*, autocast: bool = False) -> Callable[[Callable[P, Tensor]], Cal
             if autocast and torch.is_autocast_enabled(args[0].device.type):
                 dtype = torch.get_autocast_dtype(args[0].device.type)
                 args = tuple(t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in args)
-            return op(*args) if _has_kernel(*args) else reference(*args)
+            return op(*args) if _has_kernel(*args) else plain(*args)
 
         functions[name], references[name] = function, reference
         return cast(Callable[P, Tensor], function)

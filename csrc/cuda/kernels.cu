@@ -8,9 +8,14 @@ static int64_t softmax_workspace(DType dtype, SoftmaxShape s, bool backward, Que
   return backward ? softmax_backward_table.workspace[dtype](s, queue) : softmax_forward_table.workspace[dtype](s, queue);
 }
 
+static int64_t channel_workspace(DType dtype, ChannelShape s, int parameters) {
+  return channel_table.workspace[dtype](s, parameters);
+}
+
 const Kernels& kernels() {
-  static const Kernels all = {elementwise_table.forward, elementwise_table.backward, softmax_forward_table.run,
-                              softmax_backward_table.run, softmax_workspace};
+  static const Kernels all = {elementwise_table.forward,  elementwise_table.backward, softmax_forward_table.run,
+                              softmax_backward_table.run, softmax_workspace,          channel_table.forward,
+                              channel_table.backward,     channel_workspace};
   return all;
 }
 

@@ -16,9 +16,16 @@ struct SoftmaxTable {
   int64_t (*workspace[kDTypes])(SoftmaxShape, Queue);
 };
 
+struct ChannelTable {
+  ChannelForward forward[kMaxChannelRows][kDTypes];
+  ChannelBackward backward[kMaxChannelRows][kDTypes];
+  int64_t (*workspace[kDTypes])(ChannelShape, int parameters);
+};
+
 extern const ElementwiseTable elementwise_table;
 extern const SoftmaxTable<SoftmaxForward> softmax_forward_table;
 extern const SoftmaxTable<SoftmaxBackward> softmax_backward_table;
+extern const ChannelTable channel_table;
 
 }  // namespace cuda
 }  // namespace fastact
