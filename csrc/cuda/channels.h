@@ -81,15 +81,18 @@ __global__ void __launch_bounds__(kChannelThreads) channel_lines(ChannelOperands
   const int64_t channel = blockIdx.x % unsigned(plan.tiles), slice = blockIdx.x / unsigned(plan.tiles);
   const int64_t packs = s.inner / N, all = s.outer * packs;
 
+  const int64_t start = slice * (kChannelPacks * kChannelThreads), first = divided(start, packs);
+  const int64_t rest = start - first * packs;
+
   Pack<S, N> in[kChannelPacks][kInputs];
   int64_t at[kChannelPacks];
 #pragma unroll
   for (int u = 0; u < kChannelPacks; ++u) {
-    const int64_t pack = (slice * kChannelPacks + u) * kChannelThreads + threadIdx.x;
+    const int next = u * kChannelThreads + int(threadIdx.x);
     at[u] = -1;
-    if (pack < all) {
-      const int64_t outer = divided(pack, packs);
-      at[u] = (outer * s.channels + channel) * s.inner + (pack - outer * packs) * N;
+    if (start + next < all) {
+      const int64_t pack = rest + next, lines = packs >> 31 ? pack >= packs : uint32_t(pack) / uint32_t(packs);
+      at[u] = ((first + lines) * s.channels + channel) * s.inner + (pack - lines * packs) * N;
 #pragma unroll
       for (int i = 0; i < kInputs; ++i) in[u][i] = Pack<S, N>(a.in[i] + at[u], a.aligned);
     }
