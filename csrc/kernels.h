@@ -108,6 +108,21 @@ using ChannelBackward = void (*)(const void* dy, const void* x, void* dx, const 
 /// From the sums of a parameter to its gradient. `totals`: space for a number per channel.
 using ChannelTotals = void (*)(const double* sums, double* totals, void* gradient, ChannelShape);
 
+/// A dense tensor whose channels are taken in groups of `pieces`: (outer, groups, pieces, inner) in memory order.
+struct MaxoutShape {
+  int64_t outer, groups, pieces, inner;
+};
+using MaxoutForward = void (*)(const void* x, void* y, uint8_t* index, MaxoutShape, int64_t begin, int64_t end);
+using MaxoutBackward = void (*)(const void* dy, const uint8_t* index, void* dx, MaxoutShape, int64_t begin, int64_t end);
+
+/// Units of work: so many groups where inner is 1, else so many neighbours of a group.
+constexpr int64_t kMaxoutGroups = 256, kMaxoutPart = 4096;
+static constexpr int64_t maxout_units(MaxoutShape s) {
+  const int64_t groups = s.outer * s.groups;
+  if (s.inner == 1) return (groups + kMaxoutGroups - 1) / kMaxoutGroups;
+  return groups * ((s.inner + kMaxoutPart - 1) / kMaxoutPart);
+}
+
 constexpr int kMaxRows = 32, kMaxChannelRows = 8;
 
 /// Everything one instruction set offers, indexed [row][dtype].
@@ -120,6 +135,8 @@ struct Kernels {
   ChannelForward channel_forward[kMaxChannelRows][kDTypes];
   ChannelBackward channel_backward[kMaxChannelRows][kDTypes];
   ChannelTotals channel_totals[kDTypes];
+  MaxoutForward maxout_forward[kDTypes];
+  MaxoutBackward maxout_backward[kDTypes];
 };
 
 namespace cuda {
@@ -144,6 +161,9 @@ using ChannelForward = int (*)(const void* x, void* y, const void* const* parame
 using ChannelBackward = int (*)(const void* dy, const void* x, void* dx, const void* const* parameters, void* const* gradients,
                                 void* workspace, ChannelShape, Queue);
 
+using MaxoutForward = int (*)(const void* x, void* y, uint8_t* index, MaxoutShape, Queue);
+using MaxoutBackward = int (*)(const void* dy, const uint8_t* index, void* dx, MaxoutShape, Queue);
+
 /// Indexed [row][dtype].
 struct Kernels {
   const Forward (*forward)[kDTypes];
@@ -154,6 +174,8 @@ struct Kernels {
   const ChannelForward (*channel_forward)[kDTypes];
   const ChannelBackward (*channel_backward)[kDTypes];
   int64_t (*channel_workspace)(DType, ChannelShape, int parameters);
+  const MaxoutForward* maxout_forward;
+  const MaxoutBackward* maxout_backward;
 };
 
 /// Only in a build with CUDA.

@@ -1,9 +1,10 @@
-"""Activations with learnable parameters, one number for all elements or one per channel. csrc/channels.h has their mathematics.
+"""Activations that know channels: with learnable parameters, one for all elements or one per channel (csrc/channels.h has their
+mathematics), and maxout (csrc/maxout.h).
 
 The body of a function is its reference in plain torch, as in `fastact.activations`: what the tests measure against, what
 `torch.compile` sees and fuses with its neighbours, and what is computed for inputs that have no kernel.
 
-What holds for every function here:
+What holds for every function with parameters:
 
 - **parameters** are tensors of one element, or of as many as x has channels: the size of its dim 1, of fewer dims 1.
 - **dtypes** with kernels: float64, float32, bfloat16, float16, the same for x and the parameters; 16-bit types are computed in
@@ -25,17 +26,17 @@ from typing import Any, ParamSpec, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from fastact import _C
 
-__all__ = ["PReLU", "channel_scaled_sigmoid", "prelu"]
+__all__ = ["Maxout", "PReLU", "channel_scaled_sigmoid", "maxout", "prelu"]
 
 P = ParamSpec("P")
 
 _KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
-# The public functions by name, and the reference of each.
+# The public functions with parameters by name, and the reference of each.
 functions: dict[str, Callable[..., Tensor]] = {}
 references: dict[str, Callable[..., Tensor]] = {}
 
@@ -128,3 +129,50 @@ def channel_scaled_sigmoid(x: Tensor, scale: Tensor, slope: Tensor) -> Tensor:
             )
     scale, slope = (p.reshape([] if p.numel() == 1 else shape) for p in (scale, slope))
     return scale * torch.sigmoid(slope * x)
+
+
+_MOST_PIECES = 255  # what counts up to it fits into the byte per result that is saved
+
+
+def _maxout_reference(x: Tensor, pieces: int, dim: int) -> Tensor:
+    dim = dim % x.dim()
+    return x.unflatten(dim, (x.shape[dim] // pieces, pieces)).max(dim + 1).values
+
+
+def maxout(x: Tensor, pieces: int, dim: int = 1) -> Tensor:
+    """The largest of every `pieces` neighbours along `dim`: `x.unflatten(dim, (-1, pieces)).max(dim + 1).values`.
+
+    Gradient: dy at the first of the largest, 0 elsewhere. Saved: a byte per result, not x. NaN is larger than any number.
+    Shape: that of x with size(dim) / pieces in `dim`. dtype: that of x; float64, float32, bfloat16 and float16 have kernels for
+    up to 255 pieces. Error: none. Raises `ValueError` where `pieces` is not positive or does not divide the size, `IndexError`
+    for a dim out of range.
+    """
+    if not torch.compiler.is_compiling() and has_torch_function_unary(x):
+        return handle_torch_function(maxout, (x,), x, pieces, dim)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"maxout(): argument 'x' (position 1) must be Tensor, not {type(x).__name__}")
+    for position, (name, number) in enumerate((("pieces", pieces), ("dim", dim))):
+        if isinstance(number, bool) or not isinstance(number, int | torch.SymInt):
+            which = f"argument '{name}' (position {position + 2})"
+            raise TypeError(f"maxout(): {which} must be int, not {type(number).__name__}")
+    size = x.size(dim)
+    if pieces < 1 or size % pieces != 0:
+        raise ValueError(f"maxout(): pieces must be positive and divide size {size} of dim {dim}, but is {pieces}")
+    if torch.compiler.is_compiling() or pieces > _MOST_PIECES or not _has_kernel(x):
+        return _maxout_reference(x, pieces, dim)
+    return torch.ops.fastact.maxout.default(x, pieces, dim)[0]
+
+
+class Maxout(nn.Module):
+    """`fastact.maxout` as a module. Shape: any whose size of `dim` is a multiple of `pieces`, by which it is divided."""
+
+    def __init__(self, pieces: int, dim: int = 1) -> None:
+        super().__init__()
+        self.pieces = pieces
+        self.dim = dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        return maxout(input, self.pieces, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"pieces={self.pieces}, dim={self.dim}"

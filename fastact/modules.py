@@ -1,7 +1,7 @@
 """The activations as modules."""
 
-from fastact import activations, channels, functional
+from fastact import activations, channels
 from fastact.activations import *  # noqa: F403
 from fastact.channels import *  # noqa: F403
 
-__all__ = [name for name in [*activations.__all__, *channels.__all__] if name not in functional.__all__]
+__all__ = [name for name in [*activations.__all__, *channels.__all__] if not name.islower()]

@@ -150,7 +150,7 @@ def test_schemas_follow_the_row(any_row: _registry.Row) -> None:
 
 def test_no_other_ops() -> None:
     expected = {f"{row.name}{kind}" for row in ELEMENTWISE for kind in ("", "_", "_backward")} | {"softmax", "softmax_backward"}
-    expected |= {f"{name}{kind}" for name in channels.functions for kind in ("", "_backward")}
+    expected |= {f"{name}{kind}" for name in (*channels.functions, "maxout") for kind in ("", "_backward")}
     found = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastact::")]
     assert sorted(found) == sorted(f"fastact::{name}" for name in expected)
     for name in expected:
@@ -248,7 +248,7 @@ def test_dtypes_without_a_kernel_are_refused_without_data_too(any_row: _registry
 def test_public_names() -> None:
     names, classes = {row.name for row in ALL_ROWS}, {row.class_name for row in ALL_ROWS}
     assert set(fastact.autograd.__all__) == classes
-    names |= set(channels.functions)
+    names |= {*channels.functions, "maxout"}
     classes |= set(channels.__all__) - names
     assert set(fastact.functional.__all__) == names
     assert set(modules.__all__) == classes

@@ -5,6 +5,7 @@
 #include "../channels.h"
 #include "channels.h"
 #include "elementwise.h"
+#include "maxout.h"
 #include "softmax_rows.h"
 
 namespace fastact {
@@ -20,6 +21,8 @@ const Kernels kernels = {
     {FASTACT_CHANNEL_ACTIVATIONS(FASTACT_CHANNEL_FORWARD)},
     {FASTACT_CHANNEL_ACTIVATIONS(FASTACT_CHANNEL_BACKWARD)},
     FASTACT_EACH_DTYPE(channel_totals),
+    FASTACT_EACH_DTYPE(maxout_forward),
+    FASTACT_EACH_DTYPE(maxout_backward),
 };
 
 }  // namespace FASTACT_NAMESPACE

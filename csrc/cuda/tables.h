@@ -22,10 +22,16 @@ struct ChannelTable {
   int64_t (*workspace[kDTypes])(ChannelShape, int parameters);
 };
 
+struct MaxoutTable {
+  MaxoutForward forward[kDTypes];
+  MaxoutBackward backward[kDTypes];
+};
+
 extern const ElementwiseTable elementwise_table;
 extern const SoftmaxTable<SoftmaxForward> softmax_forward_table;
 extern const SoftmaxTable<SoftmaxBackward> softmax_backward_table;
 extern const ChannelTable channel_table;
+extern const MaxoutTable maxout_table;
 
 }  // namespace cuda
 }  // namespace fastact

@@ -9,6 +9,7 @@
 
 #include "channel_ops.h"
 #include "device_ops.h"
+#include "maxout_ops.h"
 #include "pool.h"
 
 #ifndef _OPENMP
@@ -57,6 +58,12 @@ template <class F>
 void parallel_channels(const ChannelShape& s, int64_t grain, const F& f) {
   const int64_t units = channel_work(s).units, elements = s.outer * s.channels * s.inner / units;
   parallel(units, std::max<int64_t>(1, grain / std::max<int64_t>(1, elements)), f);
+}
+
+template <class F>
+void parallel_maxout(const MaxoutShape& s, const F& f) {
+  const int64_t units = maxout_units(s), elements = s.outer * s.groups * s.pieces * s.inner / units;
+  parallel(units, std::max<int64_t>(1, kGrain / elements), f);
 }
 
 // ---- Kernels ---------------------------------------------------------------------------------------------------------------
@@ -140,6 +147,22 @@ struct CPU {
         cpu::kernels().channel_totals[dtype](sums.get() + int64_t(k) * count, totals, gradients[k].mutable_data_ptr(), shape);
   }
 
+  static void maxout(DType dtype, const Tensor& x, const Tensor& y, const Tensor& index, MaxoutShape shape) {
+    const MaxoutForward kernel = cpu::kernels().maxout_forward[dtype];
+    const void* from = x.const_data_ptr();
+    void* to = y.mutable_data_ptr();
+    uint8_t* which = index.mutable_data_ptr<uint8_t>();
+    parallel_maxout(shape, [&](int64_t begin, int64_t end) { kernel(from, to, which, shape, begin, end); });
+  }
+
+  static void maxout_backward(DType dtype, const Tensor& dy, const Tensor& index, const Tensor& dx, MaxoutShape shape) {
+    const MaxoutBackward kernel = cpu::kernels().maxout_backward[dtype];
+    const void* from = dy.const_data_ptr();
+    const uint8_t* which = index.const_data_ptr<uint8_t>();
+    void* to = dx.mutable_data_ptr();
+    parallel_maxout(shape, [&](int64_t begin, int64_t end) { kernel(from, which, to, shape, begin, end); });
+  }
+
  private:
   struct Arrays {
     const void* data[kMaxParameters];
@@ -152,6 +175,8 @@ struct CPU {
 TORCH_LIBRARY_IMPL(fastact, CPU, m) {
   On<CPU>::register_all(m);
   ChannelsOn<CPU>::register_all(m);
+  m.impl("maxout", maxout<CPU>);
+  m.impl("maxout_backward", maxout_backward<CPU>);
 }
 
 // ---- Without the dispatcher ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@
 
 #include "channel_ops.h"
 #include "device_ops.h"
+#include "maxout_ops.h"
 
 namespace fastact {
 namespace {
@@ -101,11 +102,23 @@ struct CUDA {
         dy.const_data_ptr(), x.const_data_ptr(), dx.defined() ? dx.mutable_data_ptr() : nullptr, p, to,
         space.defined() ? space.mutable_data_ptr() : nullptr, shape, current_queue()));
   }
+
+  static void maxout(DType dtype, const Tensor& x, const Tensor& y, const Tensor& index, MaxoutShape shape) {
+    check(cuda::kernels().maxout_forward[dtype](x.const_data_ptr(), y.mutable_data_ptr(), index.mutable_data_ptr<uint8_t>(),
+                                                shape, current_queue()));
+  }
+
+  static void maxout_backward(DType dtype, const Tensor& dy, const Tensor& index, const Tensor& dx, MaxoutShape shape) {
+    check(cuda::kernels().maxout_backward[dtype](dy.const_data_ptr(), index.const_data_ptr<uint8_t>(), dx.mutable_data_ptr(),
+                                                 shape, current_queue()));
+  }
 };
 
 TORCH_LIBRARY_IMPL(fastact, CUDA, m) {
   On<CUDA>::register_all(m);
   ChannelsOn<CUDA>::register_all(m);
+  m.impl("maxout", maxout<CUDA>);
+  m.impl("maxout_backward", maxout_backward<CUDA>);
 }
 
 }  // namespace

@@ -96,6 +96,10 @@ int64_t steps(typename T::Bits a, typename T::Bits b) {
 
 // ---- Buffers -------------------------------------------------------------------------------------------------------------
 
+struct Byte {
+  using Bits = uint8_t;
+};
+
 /// A heap block of just n numbers, `offset` of them after an address aligned to 16, so that the sanitizer sees every overrun.
 template <class T>
 struct Buffer {
@@ -499,6 +503,36 @@ void check_channels() {
   expect(off * 10000 < elements, "too many are a step off");
 }
 
+// ---- Maxout --------------------------------------------------------------------------------------------------------------
+
+template <class T>
+void check_maxout() {
+  const MaxoutShape shapes[] = {{1, 1, 1, 1},   {5, 7, 2, 1},    {300, 3, 5, 1}, {2, 3, 4, 8},
+                                {2, 300, 2, 7}, {3, 2, 255, 16}, {2, 2, 3, 512}};
+  const cuda::Queue queue = kDevices[0].queue;
+  for (const MaxoutShape& s : shapes)
+    for (int offset = 0; offset < 2; ++offset) {
+      where = "maxout (" + std::to_string(s.outer) + ", " + std::to_string(s.groups) + ", " + std::to_string(s.pieces) + ", " +
+              std::to_string(s.inner) + "), inputs " + std::to_string(offset) + " after an aligned address";
+      const size_t m = size_t(s.outer * s.groups * s.inner), n = m * size_t(s.pieces);
+      Buffer<T> x(n, offset), y(m), dy(m, offset), dx(n), y_expected(m), dx_expected(n);
+      Buffer<Byte> index(m), index_expected(m);
+      fill_wild(x);
+      fill_wild(dy);
+      // Ties.
+      for (size_t i = 0; i < n; ++i)
+        if (generator() % 3 == 0) x.p[i] = bits_of<T>(7);
+      cpu::kernels().maxout_forward[T::dtype](x.p, y_expected.p, index_expected.p, s, 0, maxout_units(s));
+      expect(cuda::kernels().maxout_forward[T::dtype](x.p, y.p, index.p, s, queue) == 0, "launch");
+      expect(y == y_expected, "is not the CPU's");
+      expect(memcmp(index.p, index_expected.p, m) == 0, "the index is not the CPU's");
+      cpu::kernels().maxout_backward[T::dtype](dy.p, index.p, dx_expected.p, s, 0, maxout_units(s));
+      expect(cuda::kernels().maxout_backward[T::dtype](dy.p, index.p, dx.p, s, queue) == 0, "launch");
+      expect(dx == dx_expected, "backward is not the CPU's");
+    }
+  printf("maxout: %zu shapes\n", std::size(shapes));
+}
+
 // ---- How many numbers are misrounded ---------------------------------------------------------------------------------------
 
 template <class T>
@@ -540,6 +574,7 @@ int main(int, char** argv) {
     check_rows<T>();
     check_softmax<T>();
     check_channels<T>();
+    check_maxout<T>();
   };
   check("float64", Float64());
   check("float32", Float32());
