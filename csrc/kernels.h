@@ -17,6 +17,8 @@ enum DType { kFloat64, kFloat32, kBFloat16, kFloat16, kDTypes };
 #define FASTACT_BACKWARD(name, Functor, ...) FASTACT_EACH_DTYPE(backward, Functor FASTACT_COMMA),
 #define FASTACT_SOFTMAX_FORWARD(name, Functor) FASTACT_EACH_DTYPE(softmax_forward, Functor FASTACT_COMMA),
 #define FASTACT_SOFTMAX_BACKWARD(name, Functor) FASTACT_EACH_DTYPE(softmax_backward, Functor FASTACT_COMMA),
+#define FASTACT_CHANNEL_FORWARD(name, Functor, ...) FASTACT_EACH_DTYPE(channel_forward, Functor FASTACT_COMMA),
+#define FASTACT_CHANNEL_BACKWARD(name, Functor, ...) FASTACT_EACH_DTYPE(channel_backward, Functor FASTACT_COMMA),
 
 /// The most float parameters a row may have.
 constexpr int kMaxParameters = 2;
@@ -64,7 +66,73 @@ static constexpr int64_t softmax_units(SoftmaxShape s) {
   return s.inner == 1 ? s.outer : (s.outer * s.inner + kSoftmaxColumns - 1) / kSoftmaxColumns;
 }
 
-constexpr int kMaxRows = 32, kMaxSoftmaxes = 4;
+/// What the rest of the library knows of an activation with parameters per channel: one per row of channels.h, in that order.
+struct ChannelRow {
+  const char* name;
+  const char* functor;
+  const char* parameters[kMaxParameters];
+  bool costly;
+
+  constexpr int arity() const { return kMaxParameters > 1 && parameters[1] ? 2 : 1; }
+};
+
+/// A dense tensor whose channels have parameters of their own: (outer, channels, inner) in memory order.
+struct ChannelShape {
+  int64_t outer, channels, inner;
+};
+
+/// How the CPU goes through such a tensor. It follows from the shape alone, so that the sums do not depend on the number of
+/// threads. In memory a channel has lines of `inner` elements. Where these are long, or there is one channel, a unit of work is
+/// up to kChunk elements of a line. Else the tensor is a matrix each of whose columns belongs to one channel, its rows made of
+/// `repeat` times all channels, and a unit is a tile of up to kRows by kColumns elements.
+///
+/// A unit leaves a number per line or column in the sums of a parameter: (before, channels, after) of them in memory order, to
+/// be added up in that order.
+struct ChannelWork {
+  static constexpr int64_t kShortest = 32, kChunk = 4096, kRows = 64, kColumns = 512;
+  bool lines;
+  int64_t repeat, units, before, after;
+};
+
+/// In every file a function of its own.
+static constexpr ChannelWork channel_work(ChannelShape s) {
+  using W = ChannelWork;
+  if (s.channels == 1 || s.inner >= W::kShortest) {
+    const int64_t chunks = (s.inner + W::kChunk - 1) / W::kChunk;
+    return {true, 1, s.outer * s.channels * chunks, s.outer, chunks};
+  }
+  const int64_t period = s.channels * s.inner, sixteen = W::kColumns / 16 / period * 16;
+  // Sixteen at a time, so that rows end with a whole vector.
+  const int64_t repeat = sixteen > 0 ? sixteen : period < W::kColumns ? W::kColumns / period : 1;
+  const int64_t rows = (s.outer + repeat - 1) / repeat, blocks = (rows + W::kRows - 1) / W::kRows;
+  return {false, repeat, blocks * ((period * repeat + W::kColumns - 1) / W::kColumns), blocks * repeat, s.inner};
+}
+
+/// `parameters`: an array each, of `channels` numbers of the tensors' type. For units of work in [begin, end).
+using ChannelForward = void (*)(const void* x, void* y, const void* const* parameters, ChannelShape, int64_t begin,
+                                int64_t end);
+/// dx may be dy or x; it may be null, and so may `sums`: not wanted. `sums`: those of one parameter after those of the other.
+using ChannelBackward = void (*)(const void* dy, const void* x, void* dx, const void* const* parameters, double* sums,
+                                 ChannelShape, int64_t begin, int64_t end);
+/// From the sums of a parameter to its gradient. `totals`: space for a number per channel.
+using ChannelTotals = void (*)(const double* sums, double* totals, void* gradient, ChannelShape);
+
+/// A dense tensor whose channels are taken in groups of `pieces`: (outer, groups, pieces, inner) in memory order.
+struct MaxoutShape {
+  int64_t outer, groups, pieces, inner;
+};
+using MaxoutForward = void (*)(const void* x, void* y, uint8_t* index, MaxoutShape, int64_t begin, int64_t end);
+using MaxoutBackward = void (*)(const void* dy, const uint8_t* index, void* dx, MaxoutShape, int64_t begin, int64_t end);
+
+/// Units of work: so many groups where inner is 1, else so many neighbours of a group.
+constexpr int64_t kMaxoutGroups = 256, kMaxoutPart = 4096;
+static constexpr int64_t maxout_units(MaxoutShape s) {
+  const int64_t groups = s.outer * s.groups;
+  if (s.inner == 1) return (groups + kMaxoutGroups - 1) / kMaxoutGroups;
+  return groups * ((s.inner + kMaxoutPart - 1) / kMaxoutPart);
+}
+
+constexpr int kMaxRows = 32, kMaxSoftmaxes = 4, kMaxChannelRows = 8;
 
 /// Everything one instruction set offers, indexed [row][dtype]: rows of activations.h, and of softmax.h.
 struct Kernels {
@@ -73,6 +141,11 @@ struct Kernels {
   Backward backward[kMaxRows][kDTypes];
   SoftmaxForward softmax_forward[kMaxSoftmaxes][kDTypes];
   SoftmaxBackward softmax_backward[kMaxSoftmaxes][kDTypes];
+  ChannelForward channel_forward[kMaxChannelRows][kDTypes];
+  ChannelBackward channel_backward[kMaxChannelRows][kDTypes];
+  ChannelTotals channel_totals[kDTypes];
+  MaxoutForward maxout_forward[kDTypes];
+  MaxoutBackward maxout_backward[kDTypes];
 };
 
 namespace cuda {
@@ -91,6 +164,15 @@ using Backward = int (*)(const void* dy, const void* saved, void* dx, int64_t n,
 using SoftmaxForward = int (*)(const void* x, void* y, SoftmaxShape, SoftmaxOptions, void* workspace, Queue);
 using SoftmaxBackward = int (*)(const void* dy, const void* y, void* dx, SoftmaxShape, SoftmaxOptions, void* workspace, Queue);
 
+/// As on the CPU, whole; `gradients`: null for those that are not wanted. `workspace`: channel_workspace() bytes, aligned to
+/// 16; null where no gradient of a parameter is wanted.
+using ChannelForward = int (*)(const void* x, void* y, const void* const* parameters, ChannelShape, Queue);
+using ChannelBackward = int (*)(const void* dy, const void* x, void* dx, const void* const* parameters, void* const* gradients,
+                                void* workspace, ChannelShape, Queue);
+
+using MaxoutForward = int (*)(const void* x, void* y, uint8_t* index, MaxoutShape, Queue);
+using MaxoutBackward = int (*)(const void* dy, const uint8_t* index, void* dx, MaxoutShape, Queue);
+
 /// Indexed [row][dtype], as cpu's.
 struct Kernels {
   const Forward (*forward)[kDTypes];
@@ -98,6 +180,11 @@ struct Kernels {
   const SoftmaxForward (*softmax_forward)[kDTypes];
   const SoftmaxBackward (*softmax_backward)[kDTypes];
   int64_t (*softmax_workspace)(int row, DType, SoftmaxShape, bool backward, Queue);
+  const ChannelForward (*channel_forward)[kDTypes];
+  const ChannelBackward (*channel_backward)[kDTypes];
+  int64_t (*channel_workspace)(DType, ChannelShape, int parameters);
+  const MaxoutForward* maxout_forward;
+  const MaxoutBackward* maxout_backward;
 };
 
 /// Only in a build with CUDA.

@@ -4,8 +4,9 @@ from fastact._build import build_info, check
 
 check()
 
-from fastact import _transforms, activations, autograd, compiler, functional, memory, modules, swap  # noqa: E402
+from fastact import _transforms, activations, autograd, channels, compiler, functional, memory, modules, swap  # noqa: E402
 from fastact.activations import *  # noqa: E402, F403
+from fastact.channels import *  # noqa: E402, F403
 from fastact.swap import functional_patch, patch, unpatch  # noqa: E402
 
 _transforms.register_all()
@@ -23,4 +24,5 @@ __all__ = [
     "swap",
     "unpatch",
     *activations.__all__,
+    *channels.__all__,
 ]

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastact._registry import activation, checked_dim
+from fastact.channels import channel_scaled_sigmoid
 
 __all__ = [
     "ELU",
@@ -174,20 +175,41 @@ def scaled_sigmoid(x: Tensor, scale: float = 1.0, slope: float = 1.0, precise_gr
 
 
 class ScaledSigmoid(nn.Module):
-    """`fastact.scaled_sigmoid` as a module: scale * sigmoid(slope * x). Shape: any; the output has the input's."""
+    """`fastact.scaled_sigmoid` as a module: scale * sigmoid(slope * x). Shape: any; the output has the input's.
+
+    With `learnable`, `scale` and `slope` are parameters of `num_parameters` elements that begin with the numbers given: one for
+    all, or one per channel, as in `torch.nn.PReLU`. See `fastact.channel_scaled_sigmoid`, which takes its derivatives from the
+    input, as `precise_grad` does.
+    """
 
     precise_grad = False
+    learnable = False
+    scale: Any
+    slope: Any
 
-    def __init__(self, scale: float = 1.0, slope: float = 1.0, precise_grad: bool = False) -> None:
+    def __init__(
+        self,
+        scale: float = 1.0,
+        slope: float = 1.0,
+        precise_grad: bool = False,
+        learnable: bool = False,
+        num_parameters: int = 1,
+    ) -> None:
         super().__init__()
         self.scale = scale
         self.slope = slope
-        _keep(self, precise_grad=precise_grad)
+        _keep(self, precise_grad=precise_grad, learnable=learnable)
+        if learnable:
+            self.scale, self.slope = (nn.Parameter(torch.full((num_parameters,), float(p))) for p in (scale, slope))
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.learnable:
+            return channel_scaled_sigmoid(input, self.scale, self.slope)
         return scaled_sigmoid(input, self.scale, self.slope, self.precise_grad)
 
     def extra_repr(self) -> str:
+        if self.learnable:
+            return f"learnable=True, num_parameters={self.scale.numel()}"
         return ", ".join(filter(None, [f"scale={self.scale}, slope={self.slope}", _kept(self, "precise_grad")]))
 
 

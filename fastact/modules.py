@@ -1,6 +1,7 @@
 """The activations as modules."""
 
-from fastact import _registry, activations
+from fastact import activations, channels
 from fastact.activations import *  # noqa: F403
+from fastact.channels import *  # noqa: F403
 
-__all__ = [name for name in activations.__all__ if name not in _registry.rows]
+__all__ = [name for name in [*activations.__all__, *channels.__all__] if not name.islower()]

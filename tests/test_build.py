@@ -124,6 +124,21 @@ def test_every_hot_loop_is_simd(objects: dict[str, Path], level: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+def test_channels_are_simd(objects: dict[str, Path], level: str) -> None:
+    """Forward and gradients; what is scalar there adds up the lanes."""
+    code = disassemble(objects[level])
+    for row in re.findall(r"ROW\(\w+, (\w+)", (ROOT / "csrc" / "channels.h").read_text().split("#define")[1]):
+        for storage in STORAGE:
+            for kernel in ("forward", "gradients"):
+                pattern = rf"::channel_{kernel}<fastact::{level}::{row}, (\S*::)?{storage}[,>]"
+                lines = [line for name, body in code.items() if re.search(pattern, name) for line in body]
+                packed = [line for line in lines if re.match(r"v?(mul|fmadd\d+)p[sd]\b", line) and REGISTER[level] in line]
+                scalar = [line for line in lines if re.match(r"v?(mul|div|fn?madd\d+)s[sd]\b", line)]
+                assert packed, f"{kernel} of {row} for {storage} on {level}"
+                assert not scalar, f"{kernel} of {row} for {storage} on {level}: {scalar[:5]}"
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_softmax_is_simd(objects: dict[str, Path], level: str) -> None:
     """Its rows end in a few scalars (the total, its inverse), so packed arithmetic must outnumber these, not replace them.
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastact
-from fastact import _registry, modules
+from fastact import _registry, channels, modules
 
 # torch itself calls it, the first time that forward mode is used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -157,7 +157,8 @@ def test_schemas_follow_the_row(any_row: _registry.Row) -> None:
 
 def test_no_other_ops() -> None:
     expected = {f"{row.name}{kind}" for row in ELEMENTWISE for kind in ("", "_", "_backward")}
-    expected |= {f"{row.name}{kind}" for row in ALONG_DIM for kind in ("", "_backward")}
+    more = [row.name for row in ALONG_DIM] + [*channels.functions, "maxout"]
+    expected |= {f"{name}{kind}" for name in more for kind in ("", "_backward")}
     found = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastact::")]
     assert sorted(found) == sorted(f"fastact::{name}" for name in expected)
     for name in expected:
@@ -254,9 +255,11 @@ def test_dtypes_without_a_kernel_are_refused_without_data_too(any_row: _registry
 
 def test_public_names() -> None:
     names, classes = {row.name for row in PUBLIC_ROWS}, {row.class_name for row in PUBLIC_ROWS}
+    assert set(fastact.autograd.__all__) == {row.class_name for row in ALL_ROWS}
+    names |= {*channels.functions, "maxout"}
+    classes |= set(channels.__all__) - names
     assert set(fastact.functional.__all__) == names
     assert set(modules.__all__) == classes
-    assert set(fastact.autograd.__all__) == {row.class_name for row in ALL_ROWS}
     assert set(fastact.__all__) >= names | classes | {"autograd", "build_info", "functional"}
     for name in fastact.__all__:
         assert hasattr(fastact, name), name
@@ -412,8 +415,10 @@ def module_arguments(row: _registry.Row) -> list[dict[str, Any]]:
     """For the constructor: nothing, then something other than the default for every argument it has."""
     other = {"inplace": True, "dim": 1, "masked_rows": "zero"}
     signature = inspect.signature(class_in(fastact, row)).parameters.values()
-    # nn.Module's own signature, where a class has none, is *args and **kwargs.
-    return [{}, {p.name: other.get(p.name, 0.5) for p in signature if p.kind is p.POSITIONAL_OR_KEYWORD}]
+    # nn.Module's own signature, where a class has none, is *args and **kwargs. What makes parameters of numbers is for
+    # test_channels.py.
+    known = {*other, *row.parameters}
+    return [{}, {p.name: other.get(p.name, 0.5) for p in signature if p.name in known}]
 
 
 def test_modules_are_their_twins(public_row: _registry.Row) -> None:

@@ -27,9 +27,10 @@ ROOT = Path(__file__).parent.parent
 SITE = Path(sysconfig.get_paths()["platlib"])
 TABLE = ROOT / "docs" / "cuda-kernels.md"
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="functions")
-# What may be called: for rare operands of a division in IEEE arithmetic; and to divide indices, once a thread of softmax.
-SUBROUTINES = r".* \w*(div|rcp)_rn_|softmax_.* (div|rem)_[su]"
+# What may be called: for rare operands of a division in IEEE arithmetic; and to divide indices, once a thread.
+SUBROUTINES = r".* \w*(div|rcp)_rn_|(softmax|channel|maxout)_.* (div|rem)_[su]"
 UNROLL = int(re.search(r"kUnroll = (\d+)", (ROOT / "csrc" / "cuda" / "elementwise.h").read_text())[1])
+CHANNEL_PACKS = int(re.search(r"kChannelPacks = (\d+)", (ROOT / "csrc" / "cuda" / "channels.h").read_text())[1])
 PHASES = ("whole", "part", "rest")  # Phase of csrc/cuda/softmax.h
 OLDEST_NVCC = (13, 0)  # the first that knows all of the default architectures and is of the major version torch is built with
 
@@ -69,6 +70,9 @@ class Kernel:
         """The 16-byte loads and stores it must have: of every pack that a thread holds, so that none is moved in parts."""
         if match := re.match(r"elementwise<(Forward|Backward)", self.name):
             return UNROLL * (1 if match[1] == "Forward" else 2), UNROLL
+        if match := re.match(r"channel_(?:lines|columns)<\w+, \w+, (\d+), (true|false)>", self.name):
+            packs = CHANNEL_PACKS if int(match[1]) > 1 else 0
+            return packs * (1 if match[2] == "true" else 2), packs  # true: forward
         match = re.match(r"softmax_(backward_)?(rows|columns)<\w+, \w+, (\d+), (\d+)", self.name)
         # Others take one element at a time, for what does not come in packs, or add up what these have left.
         if not match or match[3] == "1":

@@ -22,46 +22,61 @@ FASTACT_FN void each_vector(int64_t n, Whole whole, One one, Part part) {
   if (i < n) part(i, int(n - i));
 }
 
-template <template <class> class Functor, class S>
-void forward(const void* x_, void* y_, int64_t n, const double* parameters) {
-  using V = typename Computed<S>::Lane;
-  const S* x = static_cast<const S*>(x_);
-  S* y = static_cast<S*>(y_);
-  const Functor<V> f(parameters);
+/// y[i] = f(x[i])
+template <class S, class F>
+FASTACT_FN void map(const S* x, S* y, int64_t n, const F& f) {
   each_vector<S>(
       n,
       [&](int64_t i) __attribute__((always_inline)) {
         will_write(y + i);
         Group<S> g(x + i);
-        for (LaneOf<S>& v : g.v) v = f.forward(v);
+        for (LaneOf<S>& v : g.v) v = f(v);
         g.write(y + i);
       },
-      [&](int64_t i) __attribute__((always_inline)) { store(y + i, f.forward(load(x + i))); },
+      [&](int64_t i) __attribute__((always_inline)) { store(y + i, f(load(x + i))); },
       [&](int64_t i, int rest)
-          __attribute__((always_inline)) { store_part(y + i, rest, f.forward(load_part(x + i, rest, LaneOf<S>(0)))); });
+          __attribute__((always_inline)) { store_part(y + i, rest, f(load_part(x + i, rest, LaneOf<S>(0)))); });
 }
 
-template <template <class> class Functor, class S>
-void backward(const void* dy_, const void* saved_, void* dx_, int64_t n, const double* parameters) {
-  using V = typename Computed<S>::Lane;
-  const S* dy = static_cast<const S*>(dy_);
-  const S* saved = static_cast<const S*>(saved_);
-  S* dx = static_cast<S*>(dx_);
-  const Functor<V> f(parameters);
+/// dx[i] = f(dy[i], saved[i], lanes), of which so many lanes count; without kWrite the results are dropped.
+template <bool kWrite, class S, class F>
+FASTACT_FN void map_gradient(const S* dy, const S* saved, S* dx, int64_t n, const F& f) {
+  constexpr int N = LaneOf<S>::lanes;
   each_vector<S>(
       n,
       [&](int64_t i) __attribute__((always_inline)) {
-        will_write(dx + i);
+        if constexpr (kWrite) will_write(dx + i);
         Group<S> g(dy + i);
         const Group<S> kept(saved + i);
 #pragma GCC unroll 2
-        for (int k = 0; k < Group<S>::vectors; ++k) g.v[k] = f.backward(g.v[k], kept.v[k]);
-        g.write(dx + i);
+        for (int k = 0; k < Group<S>::vectors; ++k) g.v[k] = f(g.v[k], kept.v[k], N);
+        if constexpr (kWrite) g.write(dx + i);
       },
-      [&](int64_t i) __attribute__((always_inline)) { store(dx + i, f.backward(load(dy + i), load(saved + i))); },
+      [&](int64_t i) __attribute__((always_inline)) {
+        const LaneOf<S> v = f(load(dy + i), load(saved + i), N);
+        if constexpr (kWrite) store(dx + i, v);
+      },
       [&](int64_t i, int rest) __attribute__((always_inline)) {
-        store_part(dx + i, rest, f.backward(load_part(dy + i, rest, LaneOf<S>(0)), load_part(saved + i, rest, LaneOf<S>(0))));
+        const LaneOf<S> zero(0);
+        const LaneOf<S> v = f(load_part(dy + i, rest, zero), load_part(saved + i, rest, zero), rest);
+        if constexpr (kWrite) store_part(dx + i, rest, v);
       });
+}
+
+template <template <class> class Functor, class S>
+void forward(const void* x, void* y, int64_t n, const double* parameters) {
+  using V = typename Computed<S>::Lane;
+  const Functor<V> f(parameters);
+  map(static_cast<const S*>(x), static_cast<S*>(y), n,
+      [&](V v) __attribute__((always_inline)) -> LaneOf<S> { return f.forward(v); });
+}
+
+template <template <class> class Functor, class S>
+void backward(const void* dy, const void* saved, void* dx, int64_t n, const double* parameters) {
+  using V = typename Computed<S>::Lane;
+  const Functor<V> f(parameters);
+  map_gradient<true>(static_cast<const S*>(dy), static_cast<const S*>(saved), static_cast<S*>(dx), n,
+                     [&](V v, V kept, int) __attribute__((always_inline)) -> LaneOf<S> { return f.backward(v, kept); });
 }
 
 }  // namespace

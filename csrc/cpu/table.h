@@ -2,7 +2,10 @@
 #pragma once
 
 #include "../activations.h"
+#include "../channels.h"
+#include "channels.h"
 #include "elementwise.h"
+#include "maxout.h"
 #include "softmax_rows.h"
 
 namespace fastact {
@@ -15,6 +18,11 @@ const Kernels kernels = {
     {FASTACT_ACTIVATIONS(FASTACT_BACKWARD)},
     {FASTACT_SOFTMAXES(FASTACT_SOFTMAX_FORWARD)},
     {FASTACT_SOFTMAXES(FASTACT_SOFTMAX_BACKWARD)},
+    {FASTACT_CHANNEL_ACTIVATIONS(FASTACT_CHANNEL_FORWARD)},
+    {FASTACT_CHANNEL_ACTIVATIONS(FASTACT_CHANNEL_BACKWARD)},
+    FASTACT_EACH_DTYPE(channel_totals),
+    FASTACT_EACH_DTYPE(maxout_forward),
+    FASTACT_EACH_DTYPE(maxout_backward),
 };
 
 }  // namespace FASTACT_NAMESPACE

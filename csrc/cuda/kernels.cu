@@ -8,9 +8,15 @@ static int64_t softmax_workspace(int row, DType dtype, SoftmaxShape s, bool back
   return (backward ? softmax_backward_table.workspace : softmax_forward_table.workspace)[row][dtype](s, queue);
 }
 
+static int64_t channel_workspace(DType dtype, ChannelShape s, int parameters) {
+  return channel_table.workspace[dtype](s, parameters);
+}
+
 const Kernels& kernels() {
-  static const Kernels all = {elementwise_table.forward, elementwise_table.backward, softmax_forward_table.run,
-                              softmax_backward_table.run, softmax_workspace};
+  static const Kernels all = {elementwise_table.forward,  elementwise_table.backward, softmax_forward_table.run,
+                              softmax_backward_table.run, softmax_workspace,          channel_table.forward,
+                              channel_table.backward,     channel_workspace,          maxout_table.forward,
+                              maxout_table.backward};
   return all;
 }
 

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "../softmax.h"
-#include "storage.h"
+#include "reduce.h"
 
 namespace fastact {
 namespace FASTACT_NAMESPACE {
@@ -34,10 +34,6 @@ __device__ __forceinline__ double larger(double a, double b) { return __builtin_
 __device__ __forceinline__ float larger(float a, float b) { return __builtin_fmaxf(a, b); }
 __device__ __forceinline__ Quick larger(Quick a, Quick b) { return __builtin_fmaxf(a.v, b.v); }
 
-__device__ __forceinline__ double shuffle(double v, int mask) { return __shfl_xor_sync(kWholeWarp, v, mask); }
-__device__ __forceinline__ float shuffle(float v, int mask) { return __shfl_xor_sync(kWholeWarp, v, mask); }
-__device__ __forceinline__ Quick shuffle(Quick v, int mask) { return __shfl_xor_sync(kWholeWarp, v.v, mask); }
-
 // ---- Reductions: trees, whose result every thread gets -------------------------------------------------------------------
 
 struct Larger {
@@ -51,20 +47,6 @@ struct Larger {
     return larger(a, b);
   }
 };
-struct Sum {
-  template <class V>
-  __device__ __forceinline__ V operator()(V a, V b) const {
-    return a + b;
-  }
-};
-
-/// Lanes of a warp whose numbers differ in the bits from `low` up to below `high`, powers of two.
-template <class V, class Op>
-__device__ __forceinline__ V reduce_lanes(V v, int low, int high, Op op) {
-  for (int bit = low; bit < high; bit *= 2) v = op(v, shuffle(v, bit));
-  return v;
-}
-
 /// Those who share a row: 2^bits threads, up to a block, or all of a cluster of blocks.
 struct Team {
   int size, rank;  // rank: which of them this thread is

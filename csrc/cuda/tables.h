@@ -16,9 +16,22 @@ struct SoftmaxTable {
   int64_t (*workspace[kMaxSoftmaxes][kDTypes])(SoftmaxShape, Queue);
 };
 
+struct ChannelTable {
+  ChannelForward forward[kMaxChannelRows][kDTypes];
+  ChannelBackward backward[kMaxChannelRows][kDTypes];
+  int64_t (*workspace[kDTypes])(ChannelShape, int parameters);
+};
+
+struct MaxoutTable {
+  MaxoutForward forward[kDTypes];
+  MaxoutBackward backward[kDTypes];
+};
+
 extern const ElementwiseTable elementwise_table;
 extern const SoftmaxTable<SoftmaxForward> softmax_forward_table;
 extern const SoftmaxTable<SoftmaxBackward> softmax_backward_table;
+extern const ChannelTable channel_table;
+extern const MaxoutTable maxout_table;
 
 }  // namespace cuda
 }  // namespace fastact

@@ -7,7 +7,9 @@
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 
+#include "channel_ops.h"
 #include "device_ops.h"
+#include "maxout_ops.h"
 #include "pool.h"
 
 #ifndef _OPENMP
@@ -50,6 +52,18 @@ template <class F>
 void parallel_units(const SoftmaxShape& s, int64_t grain, const F& f) {
   const int64_t elements = s.length * (s.inner > 1 ? kSoftmaxColumns : 1);
   parallel(softmax_units(s), std::max<int64_t>(1, grain / elements), f);
+}
+
+template <class F>
+void parallel_channels(const ChannelShape& s, int64_t grain, const F& f) {
+  const int64_t units = channel_work(s).units, elements = s.outer * s.channels * s.inner / units;
+  parallel(units, std::max<int64_t>(1, grain / std::max<int64_t>(1, elements)), f);
+}
+
+template <class F>
+void parallel_maxout(const MaxoutShape& s, const F& f) {
+  const int64_t units = maxout_units(s), elements = s.outer * s.groups * s.pieces * s.inner / units;
+  parallel(units, std::max<int64_t>(1, kGrain / elements), f);
 }
 
 // ---- Kernels ---------------------------------------------------------------------------------------------------------------
@@ -104,9 +118,67 @@ struct CPU {
     parallel_units(shape, shape.inner > 1 ? kCostlyGrain : kGrain,
                    [&](int64_t begin, int64_t end) { kernel(from, kept, to, shape, options, begin, end); });
   }
+
+  static void channel_forward(int row, DType dtype, const Tensor& x, const Tensor& y, Tensors parameters, ChannelShape shape) {
+    const ChannelForward kernel = cpu::kernels().channel_forward[row][dtype];
+    const void* from = x.const_data_ptr();
+    void* to = y.mutable_data_ptr();
+    const Arrays p(parameters);
+    parallel_channels(shape, kChannelRows[row].costly ? kCostlyGrain : kGrain,
+                      [&](int64_t begin, int64_t end) { kernel(from, to, p.data, shape, begin, end); });
+  }
+
+  static void channel_backward(int row, DType dtype, const Tensor& dy, const Tensor& x, const Tensor& dx, Tensors parameters,
+                               Tensors gradients, ChannelShape shape) {
+    const ChannelBackward kernel = cpu::kernels().channel_backward[row][dtype];
+    const ChannelWork work = channel_work(shape);
+    const int64_t count = work.before * shape.channels * work.after;
+    const void* from = dy.const_data_ptr();
+    const void* kept = x.const_data_ptr();
+    void* to = dx.defined() ? dx.mutable_data_ptr() : nullptr;
+    const Arrays p(parameters);
+    // Not set to zero, as that of a vector would be.
+    const std::unique_ptr<double[]> sums(gradients.empty() ? nullptr
+                                                           : new double[int64_t(gradients.size()) * count + shape.channels]);
+    parallel_channels(shape, kChannelRows[row].costly ? kCostlyGrain : kGrain,
+                      [&](int64_t begin, int64_t end) { kernel(from, kept, to, p.data, sums.get(), shape, begin, end); });
+    double* const totals = sums.get() + int64_t(gradients.size()) * count;
+    for (size_t k = 0; k < gradients.size(); ++k)
+      if (gradients[k].defined())
+        cpu::kernels().channel_totals[dtype](sums.get() + int64_t(k) * count, totals, gradients[k].mutable_data_ptr(), shape);
+  }
+
+  static void maxout(DType dtype, const Tensor& x, const Tensor& y, const Tensor& index, MaxoutShape shape) {
+    const MaxoutForward kernel = cpu::kernels().maxout_forward[dtype];
+    const void* from = x.const_data_ptr();
+    void* to = y.mutable_data_ptr();
+    uint8_t* which = index.mutable_data_ptr<uint8_t>();
+    parallel_maxout(shape, [&](int64_t begin, int64_t end) { kernel(from, to, which, shape, begin, end); });
+  }
+
+  static void maxout_backward(DType dtype, const Tensor& dy, const Tensor& index, const Tensor& dx, MaxoutShape shape) {
+    const MaxoutBackward kernel = cpu::kernels().maxout_backward[dtype];
+    const void* from = dy.const_data_ptr();
+    const uint8_t* which = index.const_data_ptr<uint8_t>();
+    void* to = dx.mutable_data_ptr();
+    parallel_maxout(shape, [&](int64_t begin, int64_t end) { kernel(from, which, to, shape, begin, end); });
+  }
+
+ private:
+  struct Arrays {
+    const void* data[kMaxParameters];
+    explicit Arrays(Tensors parameters) {
+      for (size_t k = 0; k < parameters.size(); ++k) data[k] = parameters[k].const_data_ptr();
+    }
+  };
 };
 
-TORCH_LIBRARY_IMPL(fastact, CPU, m) { On<CPU>::register_all(m); }
+TORCH_LIBRARY_IMPL(fastact, CPU, m) {
+  On<CPU>::register_all(m);
+  ChannelsOn<CPU>::register_all(m);
+  m.impl("maxout", maxout<CPU>);
+  m.impl("maxout_backward", maxout_backward<CPU>);
+}
 
 // ---- Without the dispatcher ------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,9 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "channel_ops.h"
 #include "device_ops.h"
+#include "maxout_ops.h"
 
 namespace fastact {
 namespace {
@@ -79,9 +81,47 @@ struct CUDA {
     check(cuda::kernels().softmax_backward[row][dtype](dy.const_data_ptr(), y.const_data_ptr(), dx.mutable_data_ptr(), shape,
                                                        options, space.defined() ? space.mutable_data_ptr() : nullptr, queue));
   }
+
+  static void channel_forward(int row, DType dtype, const Tensor& x, const Tensor& y, Tensors parameters, ChannelShape shape) {
+    const void* p[kMaxParameters] = {};
+    for (size_t k = 0; k < parameters.size(); ++k) p[k] = parameters[k].const_data_ptr();
+    check(cuda::kernels().channel_forward[row][dtype](x.const_data_ptr(), y.mutable_data_ptr(), p, shape, current_queue()));
+  }
+
+  static void channel_backward(int row, DType dtype, const Tensor& dy, const Tensor& x, const Tensor& dx, Tensors parameters,
+                               Tensors gradients, ChannelShape shape) {
+    const void* p[kMaxParameters] = {};
+    void* to[kMaxParameters] = {};
+    for (size_t k = 0; k < parameters.size(); ++k) p[k] = parameters[k].const_data_ptr();
+    for (size_t k = 0; k < gradients.size(); ++k)
+      if (gradients[k].defined()) to[k] = gradients[k].mutable_data_ptr();
+    Tensor space;
+    if (!gradients.empty()) {
+      const int64_t bytes = cuda::kernels().channel_workspace(dtype, shape, int(parameters.size()));
+      space = Tensor(at::detail::empty_cuda({bytes}, at::kByte, x.device(), std::nullopt));
+    }
+    check(cuda::kernels().channel_backward[row][dtype](
+        dy.const_data_ptr(), x.const_data_ptr(), dx.defined() ? dx.mutable_data_ptr() : nullptr, p, to,
+        space.defined() ? space.mutable_data_ptr() : nullptr, shape, current_queue()));
+  }
+
+  static void maxout(DType dtype, const Tensor& x, const Tensor& y, const Tensor& index, MaxoutShape shape) {
+    check(cuda::kernels().maxout_forward[dtype](x.const_data_ptr(), y.mutable_data_ptr(), index.mutable_data_ptr<uint8_t>(),
+                                                shape, current_queue()));
+  }
+
+  static void maxout_backward(DType dtype, const Tensor& dy, const Tensor& index, const Tensor& dx, MaxoutShape shape) {
+    check(cuda::kernels().maxout_backward[dtype](dy.const_data_ptr(), index.const_data_ptr<uint8_t>(), dx.mutable_data_ptr(),
+                                                 shape, current_queue()));
+  }
 };
 
-TORCH_LIBRARY_IMPL(fastact, CUDA, m) { On<CUDA>::register_all(m); }
+TORCH_LIBRARY_IMPL(fastact, CUDA, m) {
+  On<CUDA>::register_all(m);
+  ChannelsOn<CUDA>::register_all(m);
+  m.impl("maxout", maxout<CUDA>);
+  m.impl("maxout_backward", maxout_backward<CUDA>);
+}
 
 }  // namespace
 

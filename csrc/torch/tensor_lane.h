@@ -7,6 +7,7 @@
 #include <ATen/ops/copysign.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/maximum.h>
+#include <ATen/ops/sigmoid.h>
 #include <ATen/ops/sign.h>
 #include <ATen/ops/where.h>
 

@@ -1,10 +1,10 @@
-// Runs the CUDA kernels under the shim and checks what they compute. `driver DTYPE` checks all rows, of activations.h and of
-// softmax.h; `driver table` prints how many of the 65,536 numbers of each 16-bit type come out one step off, for errors that
-// the hardware may have.
+// Runs the CUDA kernels under the shim and checks what they compute. `driver DTYPE` checks all kernels; `driver table` prints how
+// many of the 65,536 numbers of each 16-bit type come out one step off, for errors that the hardware may have.
 #include <array>
 #include <string>
 
 #include "../../csrc/activations.h"
+#include "../../csrc/channels.h"
 #include "../../csrc/kernels.h"
 #include "../../csrc/softmax.h"
 #include "cuda_shim.h"
@@ -96,6 +96,10 @@ int64_t steps(typename T::Bits a, typename T::Bits b) {
 }
 
 // ---- Buffers -------------------------------------------------------------------------------------------------------------
+
+struct Byte {
+  using Bits = uint8_t;
+};
 
 /// A heap block of just n numbers, `offset` of them after an address aligned to 16, so that the sanitizer sees every overrun.
 template <class T>
@@ -444,6 +448,144 @@ void check_softmax(const Along& a) {
   printf("%s: %zu shapes, %ld cases, each under several schedules\n", a.name, all.size(), cases);
 }
 
+// ---- Parameters per channel ----------------------------------------------------------------------------------------------
+
+#define CHANNEL_ROW_OF(name, Functor, ...) RowOf{#name, generic::Functor<double>::parameters},
+const RowOf kChannelRows[] = {FASTACT_CHANNEL_ACTIVATIONS(CHANNEL_ROW_OF)};
+
+template <class T>
+struct ChannelRun {
+  Buffer<T> dx;
+  std::vector<Buffer<T>> gradients;
+
+  ChannelRun(int row, const Buffer<T>& dy, const Buffer<T>& x, const void* const* parameters, const ChannelShape& s,
+             bool wants_dx, bool wants_gradients, cuda::Queue queue)
+      : dx(wants_dx ? x.n : 0) {
+    const int count = kChannelRows[row].parameters;
+    void* to[kMaxParameters] = {};
+    for (int k = 0; k < count; ++k) gradients.emplace_back(size_t(s.channels));
+    for (int k = 0; k < count; ++k) to[k] = gradients[size_t(k)].p;
+    const int64_t bytes = cuda::kernels().channel_workspace(T::dtype, s, count);
+    Workspace<T> space(wants_gradients ? static_cast<unsigned char*>(malloc(size_t(bytes))) : nullptr, free);
+    if (space) memset(space.get(), 0xff, size_t(bytes));
+    expect(cuda::kernels().channel_backward[row][T::dtype](dy.p, x.p, wants_dx ? dx.p : nullptr, parameters, to, space.get(), s,
+                                                           queue) == 0,
+           "launch");
+  }
+};
+
+/// What an element adds to the gradients of the parameters.
+std::array<long double, 2> channel_terms(const std::string& name, long double dy, long double x, const long double* p) {
+  if (name == "prelu") return {x > 0 ? 0 : x * dy, 0};
+  expect(name == "channel_scaled_sigmoid", "has no terms to compare with");
+  const long double y = 1 / (1 + expl(-p[1] * x)), rest = 1 / (1 + expl(p[1] * x));
+  return {dy * y, dy * p[0] * y * rest * x};
+}
+
+template <class T>
+void check_channels() {
+  long cases = 0, off = 0, elements = 0;
+  const ChannelShape shapes[] = {{1, 1, 1},    {1, 1, 5},    {1, 1, 16},   {1, 1, 4099}, {1, 1, 40000}, {2, 3, 49},
+                                 {3, 5, 64},   {2, 2, 3001}, {40, 3, 16},  {300, 2, 7},  {1, 7, 8},     {5, 1000, 2},
+                                 {1, 3, 1},    {9, 3, 1},    {1000, 3, 1}, {7, 8, 1},    {33, 16, 1},   {100, 100, 1},
+                                 {70, 513, 1}, {3, 1024, 1}, {300, 64, 1}, {2, 2, 8192}};
+  const cuda::Queue queue = kDevices[0].queue;
+  for (int row = 0; row < int(std::size(kChannelRows)); ++row)
+    for (const ChannelShape& s : shapes)
+      for (int offset = 0; offset < 2; ++offset) {
+        const std::string name = kChannelRows[row].name;
+        const int count = kChannelRows[row].parameters;
+        const size_t n = size_t(s.outer * s.channels * s.inner);
+        where = name + " (" + std::to_string(s.outer) + ", " + std::to_string(s.channels) + ", " + std::to_string(s.inner) +
+                "), inputs " + std::to_string(offset) + " after an aligned address";
+        const int64_t units = channel_work(s).units;
+        std::vector<Buffer<T>> numbers;
+        const void* parameters[kMaxParameters] = {};
+        for (int k = 0; k < count; ++k) {
+          numbers.emplace_back(size_t(s.channels), offset);
+          fill_normal(numbers.back(), 1, 0.5);
+        }
+        for (int k = 0; k < count; ++k) parameters[k] = numbers[size_t(k)].p;
+        Buffer<T> x(n, offset), dy(n, 3 * offset), y(n), expected(n);
+        fill_wild(x);
+        fill_wild(dy);
+        shim::schedule = shim::kInOrder;
+        cpu::kernels().channel_forward[row][T::dtype](x.p, expected.p, parameters, s, 0, units);
+        expect(cuda::kernels().channel_forward[row][T::dtype](x.p, y.p, parameters, s, queue) == 0, "launch");
+        compare(y, expected, &off);
+        const ChannelRun<T> wild(row, dy, x, parameters, s, true, false, queue);
+        cpu::kernels().channel_backward[row][T::dtype](dy.p, x.p, expected.p, parameters, nullptr, s, 0, units);
+        compare(wild.dx, expected, &off);
+        elements += 2 * long(n);
+
+        // The sums, of what is finite.
+        fill_normal(x, 2);
+        fill_normal(dy, 1);
+        const ChannelRun<T> all(row, dy, x, parameters, s, true, true, queue);
+        for (int64_t c = 0; c < s.channels; ++c) {
+          long double p[2] = {}, sums[2] = {}, sizes[2] = {};
+          for (int k = 0; k < count; ++k) p[k] = value(T(), numbers[size_t(k)].p[c]);
+          for (int64_t o = 0; o < s.outer; ++o)
+            for (int64_t i = 0; i < s.inner; ++i) {
+              const size_t at = size_t((o * s.channels + c) * s.inner + i);
+              const auto terms = channel_terms(name, value(T(), dy.p[at]), value(T(), x.p[at]), p);
+              for (int k = 0; k < count; ++k) sums[k] += terms[size_t(k)], sizes[k] += fabsl(terms[size_t(k)]);
+            }
+          for (int k = 0; k < count; ++k) {
+            // At most 300 additions on the way of a term through thread, warp and block; a dozen units in the term itself, more
+            // where the hardware approximates and z is large.
+            const double unit = T::precision == 53 ? 0x1p-53 : 0x1p-24, got = value(T(), all.gradients[size_t(k)].p[c]);
+            const double error = double(sizes[k]) * 340 * unit + spacing<T>(double(fabsl(sums[k])));
+            if (!(fabsl(got - sums[k]) <= error))
+              fail("sum " + std::to_string(k) + " of channel " + std::to_string(c) + " is " + text(got) + " rather than " +
+                   text(double(sums[k])));
+          }
+        }
+        ++cases;
+        // Nor do they depend on the schedule, the address, or what else is wanted.
+        for (int schedule = 1; schedule < shim::kSchedules; ++schedule) {
+          shim::schedule = shim::Schedule(schedule);
+          const Buffer<T> x_moved(x, schedule % 3), dy_moved(dy, schedule % 2);
+          const ChannelRun<T> moved(row, dy_moved, x_moved, parameters, s, schedule % 2 == 0, true, queue);
+          expect(schedule % 2 != 0 || moved.dx == all.dx, "dx depends on the schedule or the address");
+          for (int k = 0; k < count; ++k)
+            expect(moved.gradients[size_t(k)] == all.gradients[size_t(k)], "the sums depend on the schedule or the address");
+        }
+      }
+  printf("channels: %ld cases, %ld elements, %ld a step from the CPU's\n", cases, elements, off);
+  expect(off * 10000 < elements, "too many are a step off");
+}
+
+// ---- Maxout --------------------------------------------------------------------------------------------------------------
+
+template <class T>
+void check_maxout() {
+  const MaxoutShape shapes[] = {{1, 1, 1, 1},   {5, 7, 2, 1},    {300, 3, 5, 1}, {2, 3, 4, 8},
+                                {2, 300, 2, 7}, {3, 2, 255, 16}, {2, 2, 3, 512}};
+  const cuda::Queue queue = kDevices[0].queue;
+  for (const MaxoutShape& s : shapes)
+    for (int offset = 0; offset < 2; ++offset) {
+      where = "maxout (" + std::to_string(s.outer) + ", " + std::to_string(s.groups) + ", " + std::to_string(s.pieces) + ", " +
+              std::to_string(s.inner) + "), inputs " + std::to_string(offset) + " after an aligned address";
+      const size_t m = size_t(s.outer * s.groups * s.inner), n = m * size_t(s.pieces);
+      Buffer<T> x(n, offset), y(m), dy(m, offset), dx(n), y_expected(m), dx_expected(n);
+      Buffer<Byte> index(m), index_expected(m);
+      fill_wild(x);
+      fill_wild(dy);
+      // Ties.
+      for (size_t i = 0; i < n; ++i)
+        if (generator() % 3 == 0) x.p[i] = bits_of<T>(7);
+      cpu::kernels().maxout_forward[T::dtype](x.p, y_expected.p, index_expected.p, s, 0, maxout_units(s));
+      expect(cuda::kernels().maxout_forward[T::dtype](x.p, y.p, index.p, s, queue) == 0, "launch");
+      expect(y == y_expected, "is not the CPU's");
+      expect(memcmp(index.p, index_expected.p, m) == 0, "the index is not the CPU's");
+      cpu::kernels().maxout_backward[T::dtype](dy.p, index.p, dx_expected.p, s, 0, maxout_units(s));
+      expect(cuda::kernels().maxout_backward[T::dtype](dy.p, index.p, dx.p, s, queue) == 0, "launch");
+      expect(dx == dx_expected, "backward is not the CPU's");
+    }
+  printf("maxout: %zu shapes\n", std::size(shapes));
+}
+
 // ---- How many numbers are misrounded ---------------------------------------------------------------------------------------
 
 template <class T>
@@ -484,6 +626,8 @@ int main(int, char** argv) {
     if (what != name) return;
     check_rows<T>();
     for (const Along& a : all_along()) check_softmax<T>(a);
+    check_channels<T>();
+    check_maxout<T>();
   };
   check("float64", Float64());
   check("float32", Float32());
