@@ -7,7 +7,7 @@ STAMP  := .venv/.made-with-$(subst /,_,$(subst =,-,$(TORCH)))
 SOURCES := $(wildcard csrc/*.h csrc/*/*) setup.py pyproject.toml
 C_FILES := csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cuda_shim/*
 
-.PHONY: demo test bench lint format install-check cuda-check cuda-link clean
+.PHONY: demo test bench lint format install-check matrix cuda-check cuda-link clean
 .PHONY: gpu-test gpu-build gpu-kernels gpu-suite gpu-sanitize
 
 demo: .venv/.built                      ## train a small CNN with torch.nn's activations and with fastact's
@@ -32,6 +32,9 @@ format: .venv/.linters                  ## let ruff and clang-format write what 
 
 install-check: .venv/.built             ## the ways to install, each in an environment of its own
 	$(BIN)/python tools/install_check.py
+
+matrix:                                 ## every pair of Python and torch that can be had here (fetches 0.5 GB for each)
+	$(PYTHON) tools/matrix.py
 
 cuda-check: .venv-cuda/.made            ## what nvcc makes of the CUDA kernels: warnings, spills, 16-byte accesses; no GPU
 	.venv-cuda/bin/python tools/cuda_check.py
