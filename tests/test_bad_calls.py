@@ -373,7 +373,7 @@ def test_bad_call(case: Case) -> None:
     if expected:
         assert ours.error is not None, f"returns {ours.value!r} where torch raises {theirs.error!r}"
         assert type(ours.error) is expected, f"raises {ours.error!r}, torch {theirs.error!r}"
-        if case.words and str(ours.error) != str(theirs.error):  # torch.s op, where it is called, has words of its own
+        if case.words and str(ours.error) != str(theirs.error):  # torch's op, where it is called, has words of its own
             assert re.search(case.words, str(ours.error)), f"says {str(ours.error)!r}"
         assert str(ours.error), "says nothing"
         assert snapshot(ours_x) == before, "the input was written to"
