@@ -188,7 +188,8 @@ def add_cuda(extension: Extension, nvcc: str, architectures: list[str]) -> None:
 
 
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "install", "develop", "editable_wheel"}
-NO_TORCH = """fastact is built against a torch, and this build sees none: install it, setuptools and ninja first, then run
+NO_TORCH = """fastact is built against an installed torch, and this build sees none.
+Where torch, setuptools and ninja are installed, run
     {}"""
 
 
