@@ -7,7 +7,7 @@ STAMP  := .venv/.made-with-$(subst /,_,$(subst =,-,$(TORCH)))
 SOURCES := $(wildcard csrc/*.h csrc/*/*) setup.py pyproject.toml
 C_FILES := csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cuda_shim/*
 
-.PHONY: demo test bench lint format install-check cuda-check cuda-link clean
+.PHONY: demo test bench lint format install-check matrix docs cuda-check cuda-link clean
 .PHONY: gpu-test gpu-build gpu-kernels gpu-suite gpu-sanitize
 
 demo: .venv/.built                      ## train a small CNN with torch.nn's activations and with fastact's
@@ -32,6 +32,12 @@ format: .venv/.linters                  ## let ruff and clang-format write what 
 
 install-check: .venv/.built             ## the ways to install, each in an environment of its own
 	$(BIN)/python tools/install_check.py
+
+docs: .venv-docs/.made                  ## the documentation site, into site/; no broken link
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+matrix:                                 ## every pair of Python and torch that can be had here (fetches 0.5 GB for each)
+	$(PYTHON) tools/matrix.py
 
 cuda-check: .venv-cuda/.made            ## what nvcc makes of the CUDA kernels: warnings, spills, 16-byte accesses; no GPU
 	.venv-cuda/bin/python tools/cuda_check.py
@@ -63,7 +69,7 @@ gpu-sanitize:
 	$(SANITIZE) --tool synccheck $(PYTHON) tests/cuda_sanitize.py
 
 clean:
-	rm -rf .venv .venv-cuda build dist *.egg-info fastact/*.so fastact/_built.py
+	rm -rf .venv .venv-cuda .venv-docs site build dist *.egg-info fastact/*.so fastact/_built.py
 
 $(STAMP):
 	rm -rf .venv
@@ -78,6 +84,13 @@ $(STAMP):
 
 .venv/.linters: $(STAMP) pyproject.toml .venv/.built
 	$(BIN)/pip install --quiet --editable '.[lint]'
+	touch $@
+
+.venv-docs/.made: pyproject.toml
+	rm -rf .venv-docs
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --upgrade pip
+	.venv-docs/bin/pip install --quiet --group docs
 	touch $@
 
 # Apart from .venv, whose torch may want other versions of CUDA's packages.

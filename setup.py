@@ -1,7 +1,9 @@
 """Builds the extension `fastact._C`. Knows no activation: sources are found by glob, rows are in csrc/activations.h.
 
 Torch is not a build requirement in pyproject.toml, because pip would then fetch a second one into its isolated build
-environment. The torch of the environment that is installed into is found instead; only where there is none is one asked for.
+environment. The torch of the environment that is installed into is found instead; only where there is none is pip asked for
+one. Other programs (python -m build) hide that environment altogether: they are told to build without isolation, rather than
+handed another torch than the one the result will meet. pyproject.toml tells uv to put the right one beside the build.
 
 The CUDA half is built where that torch has CUDA and there is an nvcc of the same major version. Environment variables:
 FASTACT_CUDA=0 leaves it out, FASTACT_CUDA=1 fails without it; TORCH_CUDA_ARCH_LIST and MAX_JOBS are torch's.
@@ -186,15 +188,29 @@ def add_cuda(extension: Extension, nvcc: str, architectures: list[str]) -> None:
 
 
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "install", "develop", "editable_wheel"}
+NO_TORCH = """fastact is built against an installed torch, and this build sees none.
+Where torch, setuptools and ninja are installed, run
+    {}"""
+
+
+def command_without_isolation() -> str:
+    if "UV" in os.environ:
+        return "uv pip install --no-build-isolation ."
+    if "PIP_BUILD_TRACKER" in os.environ:
+        return "pip install --no-build-isolation ."
+    return "python -m build --no-isolation"
 
 
 def main() -> None:
+    requirements = []
+    command_classes = {}
+    building = BUILD_COMMANDS & set(sys.argv)
     if torch_found():
-        requirements = []
-        command_classes = {"build_ext": build_ext_class()} if BUILD_COMMANDS & set(sys.argv) else {}
-    else:
+        command_classes = {"build_ext": build_ext_class()} if building else {}
+    elif building:
+        raise SystemExit(NO_TORCH.format(command_without_isolation()))
+    elif "PIP_BUILD_TRACKER" in os.environ:  # pip asks what to install before it builds
         requirements = [TORCH_REQUIREMENT]
-        command_classes = {}
     os.chdir(ROOT)
     setup(ext_modules=[extension()], cmdclass=command_classes, setup_requires=requirements)
 

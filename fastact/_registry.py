@@ -96,7 +96,7 @@ def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable
         defaults = {k: float(signature.parameters[k].default) for k in names}
         head = "(" + ", ".join(str(p).split(":")[0] + _default(p) for p in signature.parameters.values()) + ")"
         doc = (inspect.getdoc(reference) or "").replace("{ulp}", f"{ulp:g}" if ulp is not None else "")
-        function = _C.make_function(
+        function: Callable[P, Tensor] = _C.make_function(
             name,
             reference,
             arguments,

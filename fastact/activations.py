@@ -253,8 +253,8 @@ class SiLU(nn.SiLU):
 def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     """log(1 + exp(beta * x)) / beta, and x where beta * x > threshold, elementwise: `torch.nn.functional.softplus`.
 
-    Gradient: dy (1 - exp(-beta y)), and dy where beta y > threshold. Saved: the output; for a threshold below 20, or beta of 0,
-    the input. Shape and dtype: those of x. Error: at most {ulp} ULP, of what z = beta * x rounded to the dtype that is computed
+    Gradient: dy (1 - exp(-beta y)), and dy where beta y > threshold. Saved: the output; for a threshold below 20
+    (or a beta of 0) the input. Shape and dtype: those of x. Error: at most {ulp} ULP, of what z = beta * x rounded to the dtype that is computed
     in gives.
     """
     return F.softplus(x, beta, threshold)

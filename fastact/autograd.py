@@ -23,7 +23,7 @@ def _make(row: _registry.Row) -> type[torch.autograd.Function]:
     def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
         ctx.parameters = parameters + defaults[len(parameters) :]
         ctx.inputs = 1 + len(parameters)
-        y = row.op(x, *ctx.parameters)
+        y: Tensor = row.op(x, *ctx.parameters)
         ctx.save_for_backward(x if not row.along_dim and row.saves_input(*ctx.parameters) else y)
         return y
 

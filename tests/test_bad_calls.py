@@ -278,8 +278,9 @@ def cases() -> list[Case]:
     for row in ALONG_DIM:
         for kind, value in WRONG_DIMS.items():
             words = "argument 'dim' .*must be int" if kind in NOT_DIMS else ""
-            add(f"dim {kind}", row, lambda f, x, value=value: f(x, value()), words=words)
-            add(f"dim {kind} by keyword", row, lambda f, x, value=value: f(x, dim=value()), words=words)
+            error = TypeError if kind == "str" else None  # to torch before 2.13 it is the name of a dimension
+            add(f"dim {kind}", row, lambda f, x, value=value: f(x, value()), error=error, words=words)
+            add(f"dim {kind} by keyword", row, lambda f, x, value=value: f(x, dim=value()), error=error, words=words)
         for shape in [(), (0,), (3, 0)]:
             for dim in (-3, -2, -1, 0, 1, 2):
                 add(f"dim {dim} of shape {shape}", row, lambda f, x, dim=dim: f(x, dim), functools.partial(torch.ones, shape))
@@ -394,7 +395,7 @@ def test_bad_call(case: Case) -> None:
     if expected:
         assert ours.error is not None, f"returns {ours.value!r} where torch raises {theirs.error!r}"
         assert type(ours.error) is expected, f"raises {ours.error!r}, torch {theirs.error!r}"
-        if case.words:
+        if case.words and str(ours.error) != str(theirs.error):  # torch's op, where it is called, has words of its own
             assert re.search(case.words, str(ours.error)), f"says {str(ours.error)!r}"
         assert str(ours.error), "says nothing"
         assert snapshot(ours_x) == before, "the input was written to"

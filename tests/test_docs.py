@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from fastact import _registry
+
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import activation_plots  # noqa: E402
+
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
@@ -28,6 +33,21 @@ def test_links_lead_to_files(document: Path) -> None:
 def test_python_snippets_run(document: Path) -> None:
     for snippet in re.findall(r"```python\n(.*?)```", document.read_text(), re.S):
         exec(compile(snippet, document.name, "exec"), {})
+
+
+def test_the_site_has_every_document() -> None:
+    """mkdocs.yml names each file of docs/ once; `make docs` finds the rest: broken links and anchors."""
+    named = re.findall(r"^ +- .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    made = ["index.md", "contributing.md", "changelog.md"]
+    assert sorted(named) == sorted([*made, *(path.name for path in ROOT.glob("docs/*.md"))])
+
+
+def test_every_activation_has_its_plot(any_row: _registry.Row) -> None:
+    """What each legend would say stands in the file; else it was drawn for another row: run tools/activation_plots.py."""
+    plot = (ROOT / "docs" / "plots" / f"{any_row.name}.svg").read_text()
+    assert any_row.name in plot
+    for label in activation_plots.labels(any_row):
+        assert label in plot
 
 
 def test_every_file_of_the_design_exists() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,10 +27,20 @@ sysconfig.get_paths = lambda *a, **k: {"platlib": "/nowhere", "purelib": "/nowhe
 """
 
 
-def hook(code: str, hidden: bool, cwd: Path) -> subprocess.CompletedProcess[str]:
+# How a program that builds is known, and what it is told where it hides torch.
+PROGRAMS = {
+    "pip": ({"PIP_BUILD_TRACKER": "/nowhere"}, "pip install --no-build-isolation ."),
+    "uv": ({"UV": "uv"}, "uv pip install --no-build-isolation ."),
+    "build": ({}, "python -m build --no-isolation"),
+}
+
+
+def hook(code: str, hidden: bool, cwd: Path, program: str = "pip") -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("PIP_BUILD_TRACKER", "UV")}
     return subprocess.run(
         [sys.executable, "-c", (HIDE_TORCH if hidden else "") + "from setuptools import build_meta\n" + code],
         cwd=cwd,
+        env=environment | PROGRAMS[program][0],
         capture_output=True,
         text=True,
     )
@@ -52,11 +64,32 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("hidden", "expected"), [(False, False), (True, True)], ids=["torch present", "torch absent"])
-def test_torch_is_asked_for_only_where_there_is_none(source: Path, hidden: bool, expected: bool) -> None:
-    made = hook("print(build_meta.get_requires_for_build_wheel())", hidden, source)
+@pytest.mark.parametrize("hidden", [False, True], ids=["torch present", "torch absent"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_torch_is_asked_for_only_where_there_is_none(source: Path, program: str, hidden: bool) -> None:
+    """And of pip alone, which shows setup.py the environment that is installed into: there may be another torch in it."""
+    made = hook("print(build_meta.get_requires_for_build_wheel())", hidden, source, program)
     assert made.returncode == 0, made.stderr
-    assert ("torch" in made.stdout.splitlines()[-1]) is expected
+    assert ("torch" in made.stdout.splitlines()[-1]) is (hidden and program == "pip")
+
+
+@pytest.mark.parametrize("hook_name", ["build_wheel", "build_editable"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_build_that_sees_no_torch_says_what_to_run(source: Path, tmp_path: Path, program: str, hook_name: str) -> None:
+    made = hook(f"build_meta.{hook_name}({str(tmp_path)!r})", True, source, program)
+    assert made.returncode != 0
+    assert PROGRAMS[program][1] in made.stderr
+    assert "Traceback" not in made.stderr
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_uv_is_told_to_put_the_torch_in_use_beside_the_build(source: Path) -> None:
+    """And what a build depends on: uv would else take an earlier one after an edit of a kernel."""
+    settings = tomllib.loads((source / "pyproject.toml").read_text())["tool"]["uv"]
+    assert settings["extra-build-dependencies"] == {"fastact": [{"requirement": "torch", "match-runtime": True}]}
+    matched = {path for key in settings["cache-keys"] for path in source.glob(key["file"])}
+    built_from = {path for path in (source / "csrc").rglob("*") if path.is_file()} | set((source / "fastact").rglob("*.py"))
+    assert built_from | {source / "setup.py", source / "pyproject.toml"} <= matched
 
 
 def test_the_outer_torch_is_found_from_an_isolated_environment(source: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from install_check import ROOT, run, source
 
 OLDEST_TORCH = "torch==2.11.0"
+BUILD = ["setuptools>=77", "ninja", "numpy", "--group", f"{ROOT / 'pyproject.toml'}:cuda-compiler"]
 STAND_IN = "libstand_in.so"
 # Not CUDA's runtime, whose functions begin with cuda and a capital letter.
 LEFT_OUT = r"cu(?!da[A-Z])|nccl|nv"
@@ -74,9 +75,11 @@ def stand_in(libraries: Path, there: set[str]) -> None:
             (libraries / name).symlink_to(STAND_IN)
 
 
-def environment(folder: Path, torch: str, wheels: str | None) -> tuple[Path, Path]:
-    """A Python with torch and what building for CUDA takes; and its site-packages."""
-    run(sys.executable, "-m", "venv", folder)
+def environment(
+    folder: Path, torch: str, wheels: str | None, packages: list[str | Path], interpreter: str | Path = sys.executable
+) -> tuple[Path, Path]:
+    """A Python with torch and the packages, CUDA's runtime among them; and its site-packages."""
+    run(interpreter, "-m", "venv", folder)
     python = folder / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['platlib'])").strip())
     pip = [python, "-m", "pip", "install", "--quiet", *(["--find-links", wheels] if wheels else [])]
@@ -84,12 +87,13 @@ def environment(folder: Path, torch: str, wheels: str | None) -> tuple[Path, Pat
     run(*pip, "--no-deps", torch)
     metadata = email.message_from_string(next(site.glob("torch-*.dist-info/METADATA")).read_text())
     # CUDA's libraries are asked for under a condition, the Python packages are not.
-    packages = [package for package in metadata.get_all("Requires-Dist") if ";" not in package]
-    run(*pip, *packages, "setuptools>=77", "ninja", "numpy", "--group", f"{ROOT / 'pyproject.toml'}:cuda-compiler")
+    required = [package for package in metadata.get_all("Requires-Dist") if ";" not in package]
+    run(*pip, *required, *packages)
     runtime = next(site.glob("nvidia/cu*/lib/libcudart.so.*"))
     # The name that linkers look for is not in the wheel.
     runtime.with_name("libcudart.so").symlink_to(runtime.name)
-    stand_in(site / "torch" / "lib", {runtime.name})
+    if (site / "torch" / "lib" / "libtorch_cuda.so").exists():
+        stand_in(site / "torch" / "lib", {runtime.name})
     return python, site
 
 
@@ -111,7 +115,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         start = time.perf_counter()
-        python, site = environment(Path(temporary) / "environment", arguments.torch, arguments.wheels)
+        python, site = environment(Path(temporary) / "environment", arguments.torch, arguments.wheels, BUILD)
         print(f"environment with {arguments.torch}: {time.perf_counter() - start:.0f} s", flush=True)
         os.environ |= {"FASTACT_CUDA": "1", "CUDA_HOME": str(next(site.glob("nvidia/cu*")))}
         start = time.perf_counter()

@@ -1,17 +1,20 @@
-"""Installs this checkout in every documented way, each into an environment of its own, and checks which torch it took.
+"""Installs fastact in every documented way, each into an environment of its own, and checks which torch it took.
 
     python tools/install_check.py        or: make install-check
 
-The environments borrow the running one's torch through links, so nothing large is fetched. The way that has to fetch a torch,
-because there is none, is checked up to the request for it by tests/test_packaging.py.
+All start from the source archive, unpacked into a folder that is no git checkout. The environments borrow the running one's
+torch, so nothing large is fetched. What would fetch one is checked by tests/test_packaging.py, up to the request for it: pip
+where there is no torch, uv and `python -m build` with isolation.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -35,8 +38,14 @@ def environment(folder: Path) -> Path:
     python = folder / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['platlib'])").strip())
     for package in SITE.iterdir():
-        left_out = package.name.startswith(("fastact", "__editable__", "pip", "setuptools", "ninja", "_distutils"))
-        if not left_out and not (site / package.name).exists():
+        left_out = package.name.startswith(
+            ("fastact", "__editable__", "pip", "setuptools", "ninja", "_distutils", "uv", "build")
+        )
+        if left_out or (site / package.name).exists():
+            continue
+        if package.suffix == ".dist-info":  # uv takes a link for nothing
+            shutil.copytree(package, site / package.name)
+        else:
             (site / package.name).symlink_to(package)
     return python
 
@@ -50,27 +59,51 @@ def source(folder: Path) -> Path:
     return folder
 
 
+def unpacked_archive(folder: Path, tools: Path) -> Path:
+    """The source archive of the checkout, made where setuptools sees no git and no torch, and unpacked."""
+    run(tools, "-m", "build", "--sdist", "--outdir", folder, source(folder / "checkout"))
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        content.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+# In this order the objects of one build serve the next: with isolation, then without, where the paths of the tools are others.
+PIP, UV = ["-m", "pip", "install"], ["-m", "uv", "pip", "install"]
+WAYS = {
+    "pip install .": [*PIP, "."],
+    "pip install -e .": [*PIP, "-e", "."],
+    "pip install --no-build-isolation .": [*PIP, "--no-build-isolation", "."],
+    "pip install --no-build-isolation -e .": [*PIP, "--no-build-isolation", "-e", "."],
+    "uv pip install --no-build-isolation .": [*UV, "--no-build-isolation", "."],
+    "uv pip install --no-build-isolation -e .": [*UV, "--no-build-isolation", "-e", "."],
+    "python -m build --no-isolation --wheel; pip install dist/*.whl": ["-m", "build", "--no-isolation", "--wheel"],
+}
+
+
 def main() -> None:
-    ways = {
-        "pip install .": ["."],
-        "pip install --editable .": ["--editable", "."],
-        "pip install --no-build-isolation .": ["--no-build-isolation", "."],
-    }
+    os.environ.pop("PYTHONPATH", None)
     with tempfile.TemporaryDirectory() as temporary:
-        checkout = source(Path(temporary) / "checkout")
-        for name, arguments in ways.items():
-            # At the same place each time, so that the objects of the first build serve the others.
-            python = environment(Path(temporary) / "environment")
-            if "--no-build-isolation" in arguments:
-                run(python, "-m", "pip", "install", "--quiet", "setuptools>=77", "ninja")
+        folder = Path(temporary).resolve()
+        tools = environment(folder / "tools")
+        run(tools, *PIP, "--quiet", "build")
+        archive = unpacked_archive(folder, tools)
+        for name, command in WAYS.items():
+            # At the same place each time, and with the sources at the same place, so that objects are found again.
+            python = environment(folder / "environment")
+            if command not in ([*PIP, "."], [*PIP, "-e", "."]):
+                run(python, *PIP, "--quiet", "setuptools>=77", "ninja", "uv", "build")
             start = time.perf_counter()
-            log = run(python, "-m", "pip", "install", *arguments, cwd=checkout)
-            if "Collecting torch" in log or "Downloading torch" in log:
+            log = run(python, *command, cwd=archive)
+            if "build" in command:
+                log += run(python, *PIP, *archive.glob("dist/*.whl"))
+            if "Collecting torch" in log or "Downloading torch" in log or "+ torch" in log:
                 sys.exit(f"{name} fetched a torch:\n{log}")
-            where = run(python, "-c", TRY, cwd=Path(temporary)).strip()
-            print(
-                f"{name}: {time.perf_counter() - start:.0f} s, {'in place' if str(checkout) in where else 'in site-packages'}"
-            )
+            where = run(python, "-c", TRY, cwd=folder).strip()
+            in_place = "-e" in command
+            if not where.startswith(str(archive if in_place else folder / "environment")):
+                sys.exit(f"{name} has put it into {where}")
+            print(f"{name}: {time.perf_counter() - start:.0f} s, {'in place' if in_place else 'in site-packages'}", flush=True)
 
 
 if __name__ == "__main__":

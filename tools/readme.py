@@ -1,4 +1,4 @@
-"""Writes the generated blocks of the README: activations from the rows, speeds from a benchmark run.
+"""Writes the generated blocks of the documents: activations from the rows, speeds from a benchmark run.
 
     python tools/readme.py             writes them
     python tools/readme.py --check     exits 1 if a document does not hold what this would write
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from fastact import _registry
+from fastact import activations as activations_module
 from fastact.bench.report import Report
 
 ROOT = Path(__file__).parent.parent
@@ -32,24 +33,78 @@ def sentence(doc: str, word: str) -> str:
     return re.sub(r"\s+", " ", match[1]) if match else ""
 
 
+def facts(row: _registry.Row) -> dict[str, str]:
+    """What the docstring of a row says of it, and its promise."""
+    doc = inspect.getdoc(row.function) or ""
+    return {
+        "formula": re.split(r",? (?:elementwise|along)", doc, maxsplit=1)[0],
+        "gradient": sentence(doc, "Gradient").partition(", at most")[0],
+        "saved": sentence(doc, "Saved").partition(",")[0].replace("the output; for", "output; for") or "output",
+        "error": "none" if row.ulp == 0 else f"{row.ulp:g} ULP" if row.ulp else "see docstring",
+    }
+
+
+def call(row: _registry.Row) -> str:
+    return f"{row.name}{inspect.signature(row.function)}"
+
+
+def constructor(row: _registry.Row) -> str:
+    """The arguments of the module, without their types and the `*args` of those that take none."""
+    named = inspect.signature(getattr(activations_module, row.class_name)).parameters.values()
+    return f"({', '.join(f'{p.name}={p.default!r}' for p in named if p.kind is p.POSITIONAL_OR_KEYWORD)})"
+
+
+def table_line(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
 def activations() -> str:
     lines = ["| function | module | formula | gradient | saved | error |", "| --- | --- | --- | --- | --- | --- |"]
-    for row in _registry.rows.values():
-        doc = inspect.getdoc(row.function) or ""
-        formula = re.split(r",? (?:elementwise|along)", doc, maxsplit=1)[0]
-        gradient = sentence(doc, "Gradient").partition(", at most")[0]
-        saved = sentence(doc, "Saved").partition(",")[0].replace("the output; for", "output; for") or "output"
-        error = "none" if row.ulp == 0 else f"{row.ulp:g} ULP" if row.ulp else "see docstring"
-        cells = [f"`{row.name}{inspect.signature(row.function)}`", f"`{row.class_name}`", formula, gradient, saved, error]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines += [table_line(f"`{call(row)}`", f"`{row.class_name}`", *facts(row).values()) for row in _registry.rows.values()]
     return "\n".join(lines)
+
+
+LABELS = r"(?:Gradient|Saved|Shape|Shape and dtype|Error)"
+
+
+def common() -> str:
+    """What the docstring of fastact.activations says of all functions: its list."""
+    doc = inspect.getdoc(activations_module) or ""
+    return doc[doc.index("- **") :]
+
+
+def rows() -> str:
+    """A section for each row: its plot, its names, and its docstring, taken apart."""
+    parts = []
+    for row in _registry.rows.values():
+        head, _, rest = (inspect.getdoc(row.function) or "").partition("\n\n")
+        notes = re.sub(rf"\b{LABELS}: .+?\.(?:\s+|$)", "", rest, flags=re.S).strip()
+        said = {label: sentence(rest, label) for label in ("Gradient", "Saved", "Shape", "Shape and dtype", "Error")}
+        table = [
+            ("module", f"`fastact.{row.class_name}{constructor(row)}`"),
+            ("autograd Function", f"`fastact.autograd.{row.class_name}`"),
+            ("ops", f"`torch.ops.fastact.{row.name}`, `torch.ops.fastact.{row.name}_backward`"),
+            *((label.lower(), text) for label, text in (said | {"Saved": said["Saved"] or "the output"}).items() if text),
+        ]
+        lines = [
+            f"## {row.name}",
+            "",
+            f"`fastact.{call(row)}`",
+            "",
+            re.sub(r"\s+", " ", head).replace(": `torch", ", as `torch"),
+            "",
+        ]
+        lines += [f"![{row.name} and its derivative](plots/{row.name}.svg)", ""]
+        lines += [table_line(*table[0]), "| --- | --- |", *(table_line(*line) for line in table[1:])]
+        parts.append("\n".join([*lines, *(["", notes] if notes else [])]))
+    return "\n\n".join(parts)
 
 
 def speeds() -> str:
     report = Report.load(RESULTS)
     dtypes = ["float32", "bfloat16"]
     ratios = {(row.op, row.label, row.dtype, row.direction): row.ratio_eager for row in report.rows}
-    elementwise = list(_registry.elementwise)
+    elementwise = [op for op in _registry.elementwise if (op, "64", dtypes[0], "forward") in ratios]
     lines = [f"{report.title()}. Torch's median time over fastact's in one run: forward / backward.", ""]
     lines += ["| elements | dtype | " + " | ".join(elementwise) + " |", "| --- | --- |" + " --- |" * len(elementwise)]
     for label, shown in SHOWN.items():
@@ -91,22 +146,26 @@ def pair(ratios: dict[tuple[str, str, str, str], float], op: str, label: str, dt
     return " / ".join(f"{ratios[op, label, dtype, direction]:.1f}" for direction in ("forward", "backward"))
 
 
-BLOCKS = {"activations": activations, "speeds": speeds}
+BLOCKS = {
+    "README.md": {"activations": activations, "speeds": speeds},
+    "docs/activations.md": {"common": common, "rows": rows},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
-    text = new = path.read_text()
-    for name, make in BLOCKS.items():
-        block = f"<!-- {name} -->\n{make()}\n<!-- end {name} -->"
-        new = re.sub(rf"<!-- {name} -->.*<!-- end {name} -->", lambda _, block=block: block, new, flags=re.S)
-    if check and new != text:
-        sys.exit(f"{path.name} is not what tools/readme.py writes: run it")
-    if not check:
-        path.write_text(new)
+    for document, blocks in BLOCKS.items():
+        path = ROOT / document
+        text = new = path.read_text()
+        for name, make in blocks.items():
+            block = f"<!-- {name} -->\n{make()}\n<!-- end {name} -->"
+            new = re.sub(rf"<!-- {name} -->.*<!-- end {name} -->", lambda _, block=block: block, new, flags=re.S)
+        if check and new != text:
+            sys.exit(f"{document} is not what tools/readme.py writes: run it")
+        if not check:
+            path.write_text(new)
 
 
 if __name__ == "__main__":

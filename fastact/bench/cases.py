@@ -60,7 +60,7 @@ TENSORS_MOVED = {"forward": 2, "backward": 3, "both": 5}
 
 _aten = torch.ops.aten
 # torch's own backward op and, made of (x, y, args), what it takes after dy: one tensor among it.
-TWINS: dict[str, tuple[Any, Callable[..., tuple]]] = {
+TWINS: dict[str, tuple[Any, Callable[..., tuple[Any, ...]]]] = {
     "sigmoid": (_aten.sigmoid_backward.default, lambda x, y, args: (y,)),
     "tanh": (_aten.tanh_backward.default, lambda x, y, args: (y,)),
     "relu": (_aten.threshold_backward.default, lambda x, y, args: (y, 0)),
@@ -82,7 +82,7 @@ class Case:
     dim: int | None = None
 
     @property
-    def args(self) -> tuple:
+    def args(self) -> tuple[Any, ...]:
         return tuple(self.row.parameters.values()) if self.dim is None else (self.dim,)
 
     @property
@@ -139,7 +139,7 @@ class Sides(NamedTuple):
 
     ours: Callable[[], Tensor]
     eager: Callable[[], Tensor]
-    compiled: Callable[[Callable], Callable[[], Tensor]]  # given torch.compile, makes the call
+    compiled: Callable[[Callable[..., Any]], Callable[[], Tensor]]  # given torch.compile, makes the call
     baseline: str  # what torch runs, for the reader
 
 
@@ -152,7 +152,7 @@ def sides(case: Case, inputs: Inputs) -> dict[str, Sides]:
     def with_args(x: Tensor) -> Tensor:
         return eager(x, *args)
 
-    def both(function: Callable, *args: Any) -> Tensor:
+    def both(function: Callable[..., Tensor], *args: Any) -> Tensor:
         return torch.autograd.grad(function(leaf, *args), leaf, dy)[0]
 
     return {
@@ -194,7 +194,8 @@ def _backward(case: Case, inputs: Inputs, with_args: Callable[[Tensor], Tensor])
         before, kept, after = rest[:at], rest[at], rest[at + 1 :]
 
         def with_constants(dy: Tensor, kept: Tensor) -> Tensor:
-            return twin(dy, *before, kept, *after)
+            dx: Tensor = twin(dy, *before, kept, *after)
+            return dx
 
         return Sides(
             ours=ours,
@@ -209,7 +210,7 @@ def _backward(case: Case, inputs: Inputs, with_args: Callable[[Tensor], Tensor])
         y = function(leaf)
         return lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]
 
-    def compiled(compile: Callable) -> Callable[[], Tensor]:
+    def compiled(compile: Callable[..., Any]) -> Callable[[], Tensor]:
         with torch._functorch.config.patch(donated_buffer=False):  # they forbid retaining the graph
             return through_graph(compile(with_args))
 

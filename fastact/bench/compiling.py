@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ class Compiler:
     def notes(self) -> list[str]:
         return [f"{n} rows without torch.compile: {why}" for why, n in self._missing.items()]
 
-    def _compile(self, function: Callable) -> Callable:
+    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, dynamic=False, mode=self._mode)
 
 

@@ -101,7 +101,8 @@ class OnnxRuntime:
         node = helper.make_node(operator, ["x"], ["y"], **dict(zip(attributes, case.args, strict=True)))
         graph = helper.make_graph([node], operator, [x], [y])
         opset = helper.make_opsetid("", self.OPSET)
-        return helper.make_model(graph, opset_imports=[opset], ir_version=self.IR_VERSION).SerializeToString()
+        model: bytes = helper.make_model(graph, opset_imports=[opset], ir_version=self.IR_VERSION).SerializeToString()
+        return model
 
 
 class Jax:
@@ -137,9 +138,9 @@ class Jax:
         def call() -> Any:
             return function(*arrays).block_until_ready()
 
-        return Contender(call, lambda: torch.from_dlpack(call()))
+        return Contender(call, lambda: torch.utils.dlpack.from_dlpack(call()))
 
-    def _formulas(self) -> dict[str, tuple[Callable, Callable]]:
+    def _formulas(self) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
         """By op: the forward of (x, parameters), and the backward of (dy, y, parameters)."""
         nn, where = self._jax.nn, self._numpy.where
 

@@ -133,7 +133,7 @@ def compare(old: Report, new: Report) -> tuple[str, bool]:
     return "\n".join(lines), bool(slower) or not pairs
 
 
-def _identity(row: Measurement) -> tuple:
+def _identity(row: Measurement) -> tuple[Any, ...]:
     return row.op, row.direction, row.dtype, *row.shape, row.dim
 
 

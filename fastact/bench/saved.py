@@ -52,7 +52,7 @@ def saved_bytes(cases: Iterable[Case], device: str) -> list[Saved]:
     return rows
 
 
-def kept(function: Callable[..., Tensor], dtype: str, args: tuple, device: str = "cpu") -> Kept:
+def kept(function: Callable[..., Tensor], dtype: str, args: tuple[Any, ...], device: str = "cpu") -> Kept:
     # Of so many elements what is saved once for a whole tensor, such as a scalar, hardly shows.
     x = torch.randn(256, 256, dtype=DTYPES[dtype], device=device, requires_grad=True)
     storages: dict[int, int] = {}

@@ -157,5 +157,5 @@ class CudaTimer(Timer):
             hidden = not self._start.query()
             self._stop.synchronize()
             if hidden or flushes >= self.MOST_FLUSHES:
-                return self._start.elapsed_time(self._stop) * 1e-3
+                return float(self._start.elapsed_time(self._stop)) * 1e-3
             self._flushes[id(call)] = 2 * flushes
