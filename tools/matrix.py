@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ |= {"FASTACT_CUDA": "0"}
     os.environ.pop("PYTHONPATH", None)
-    table = lines()
+    table, bad = lines(), []
     head = HEAD.format(tests=", ".join(f"`test_{name}.py`" for name in TESTS), machine=machine())
     with tempfile.TemporaryDirectory() as temporary:
         checkout = source(Path(temporary) / "checkout")
@@ -113,9 +114,13 @@ def main() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
                 table[python, torch] = f"| {' | '.join(line)} | {datetime.date.today()} |"
                 print(table[python, torch], flush=True)
+                if not re.fullmatch(r"n/a: .+|\d+ passed", line[2]):
+                    bad.append(f"Python {python}, torch {torch}: {line[2]}; {LOGS}")
                 # After each, so that an end in the middle loses nothing.
                 rows = sorted(table, key=lambda pair: [int(part) for part in ".".join(pair).split(".")])
                 PAGE.write_text(head + "\n".join(table[pair] for pair in rows) + "\n")
+    if bad:
+        sys.exit("\n".join(bad))
 
 
 if __name__ == "__main__":
