@@ -35,6 +35,14 @@ def test_python_snippets_run(document: Path) -> None:
         exec(compile(snippet, document.name, "exec"), {})
 
 
+def test_linked_tests_exist() -> None:
+    """docs/expectations.md says of every cell which test shows it."""
+    found = re.findall(r"\[(test_\w+)\]\(\.\./(tests/\w+\.py)\)", (ROOT / "docs" / "expectations.md").read_text())
+    assert len(found) >= 40
+    for name, file in found:
+        assert f"\ndef {name}(" in (ROOT / file).read_text(), f"{file} has no {name}"
+
+
 def test_the_site_has_every_document() -> None:
     """mkdocs.yml names each file of docs/ once; `make docs` finds the rest: broken links and anchors."""
     named = re.findall(r"^ +- .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
@@ -42,11 +50,11 @@ def test_the_site_has_every_document() -> None:
     assert sorted(named) == sorted([*made, *(path.name for path in ROOT.glob("docs/*.md"))])
 
 
-def test_every_activation_has_its_plot(any_row: _registry.Row) -> None:
+def test_every_activation_has_its_plot(public_row: _registry.Row) -> None:
     """What each legend would say stands in the file; else it was drawn for another row: run tools/activation_plots.py."""
-    plot = (ROOT / "docs" / "plots" / f"{any_row.name}.svg").read_text()
-    assert any_row.name in plot
-    for label in activation_plots.labels(any_row):
+    plot = (ROOT / "docs" / "plots" / f"{public_row.name}.svg").read_text()
+    assert public_row.name in plot
+    for label in activation_plots.labels(public_row):
         assert label in plot
 
 
