@@ -319,8 +319,7 @@ def softmax(
     Error: in units of 2^-24 y in float32, 2^-53 y in float64, at most 8 for the arithmetic; one for every addition that an
     element meets, at most 22 in float32; and one, with a temperature three, for each 1 of distance from the maximum (of
     x / temperature), both of this element and on the average of the row, by weight. Raises `IndexError` for a dim out of range,
-    `ValueError` for another `masked_rows`, and for a temperature
-    that is no number from 2^-126 to 2^126.
+    `ValueError` for another `masked_rows`, and for a temperature that is no number from 2^-126 to 2^126.
     """
     if masked_rows not in ("nan", "zero"):
         raise ValueError(f"softmax(): masked_rows must be 'nan' or 'zero', not {masked_rows!r}")
@@ -377,6 +376,9 @@ def log_softmax(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = N
     A row that is all -inf, or holds NaN or +inf, is NaN; -inf beside finite numbers stays -inf. The sum does not depend on
     layout or threads. Without `dim`, torch's choice is made with torch's warning. Over a dimension of one element the result is
     always 0 and the gradient 0: warns, once. Raises `IndexError` for a dim out of range.
+    Error: in units of 2^-24 in float32, 2^-53 in float64, at most |y| + |x - m| for two roundings; 4 times the logarithm of the
+    sum; 3, and one for every addition, as in softmax, for the sum; and one for each 1 of distance from the maximum on the
+    average of the row, by weight. So where y is near 0, it is that of a number near 1.
     """
     return F.log_softmax(x, dim, dtype=dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import runpy
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ELEMENTWISE, ISAS
+from conftest import ALONG_DIM, ELEMENTWISE, ISAS
 
 import fastact
 from fastact import _C
@@ -145,23 +146,25 @@ def test_softmax_is_simd(objects: dict[str, Path], level: str) -> None:
     Rows that lie in lanes are computed by functions that storage types share.
     """
     code = disassemble(objects[level])
-    for kernel in ("long_rows", "short_rows", "columns"):
-        for storage in STORAGE:
-            shared = (
-                rf"|::Panel<.*Lanes<{'double' if storage == 'double' else 'float'}, \d+> >::" if kernel != "long_rows" else ""
-            )
-            lines = [
-                line
-                for name, body in code.items()
-                if re.search(rf"::({kernel}|softmax_forward)<(\S*::)?{storage}>{shared}", name)
-                for line in body
-            ]
-            packed = [
-                line for line in lines if re.match(r"v?(add|sub|mul|div|max|fmadd\d+)p[sd]\b", line) and REGISTER[level] in line
-            ]
-            scalar = [line for line in lines if re.match(r"v?(mul|fn?madd\d+)s[sd]\b", line)]
-            assert len(packed) > 20, f"{kernel}<{storage}> on {level}: {len(packed)} packed instructions"
-            assert not scalar, f"{kernel}<{storage}> on {level}: {scalar[:5]}"
+    # Those of the rows, and what a row has besides for a temperature of 1.
+    functors = {match[1] for name in code if (match := re.search(r"::(?:long_rows|softmax_forward)<\S*::(\w+), ", name))}
+    assert functors >= {row.class_name for row in ALONG_DIM}
+    for functor, kernel, storage in itertools.product(functors, ("long_rows", "short_rows", "columns"), STORAGE):
+        lane = rf"Lanes<{'double' if storage == 'double' else 'float'}, \d+>"
+        # Maxima and sums are those of all functors.
+        shared = rf"|::Panel<.*{lane} >::(\w+\(|terms<\S*::{functor}>)" if kernel != "long_rows" else ""
+        lines = [
+            line
+            for name, body in code.items()
+            if re.search(rf"::({kernel}|softmax_forward)<\S*::{functor}, (\S*::)?{storage}>{shared}", name)
+            for line in body
+        ]
+        packed = [
+            line for line in lines if re.match(r"v?(add|sub|mul|div|max|fmadd\d+)p[sd]\b", line) and REGISTER[level] in line
+        ]
+        scalar = [line for line in lines if re.match(r"v?(mul|fn?madd\d+)s[sd]\b", line)]
+        assert len(packed) > 20, f"{kernel}<{functor}, {storage}> on {level}: {len(packed)} packed instructions"
+        assert not scalar, f"{kernel}<{functor}, {storage}> on {level}: {scalar[:5]}"
 
 
 def test_kernel_files_name_no_torch() -> None:

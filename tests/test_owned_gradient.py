@@ -27,6 +27,8 @@ OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "scaled_sigmoid": lambda x: fastact.scaled_sigmoid(x, 2.0, 3.0),
     "elu": fastact.elu,
     "softmax": lambda x: fastact.softmax(x, -1),
+    "softmax at a temperature": lambda x: fastact.softmax(x, -1, temperature=0.7),
+    "log_softmax": lambda x: fastact.log_softmax(x, -1),
 }
 # From malloc, from torch's allocator, and from the pool.
 SHAPES = [(3, 7), (40, 1000), (300, 1001)]

@@ -813,20 +813,22 @@ def test_implicit_dim(along: Row, rank: int, generator: torch.Generator) -> None
 
 
 @pytest.mark.cpu_only("a process of its own, which computes there")
-def test_one_element_warning(tmp_path: Path) -> None:
+def test_one_element_warning(along: Row, tmp_path: Path) -> None:
     """Once per process, whatever the filters: it names the trap and what to use."""
-    program = """
+    always = along.reference(torch.zeros(1), 0).item()
+    program = f"""
         import warnings
         import torch, fastact
+        along, module = fastact.{along.name}, fastact.{along.class_name}
         x = torch.tensor([[3.0], [-2.0]], requires_grad=True)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            fastact.softmax(torch.zeros(2, 3), 1), fastact.softmax(torch.tensor(1.0), 0)
+            along(torch.zeros(2, 3), 1), along(torch.tensor(1.0), 0)
             assert not caught, "a dimension of more than one element, or none"
-            y = fastact.softmax(x, 1)  # this line
-            fastact.softmax(x, 1)
-            fastact.softmax(torch.zeros(1), 0)
-            fastact.Softmax(dim=-1)(x)
+            y = along(x, 1)  # this line
+            along(x, 1)
+            along(torch.zeros(1), 0)
+            module(dim=-1)(x)
         y.backward(torch.tensor([[5.0], [7.0]]))
         print(*[w.category.__name__ for w in caught])
         print(*[w.message for w in caught])
@@ -840,10 +842,10 @@ def test_one_element_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "UserWarning"
-    for words in ("one element", "dim 1", "always 1", "gradient always 0", "sigmoid"):
+    for words in (along.name, "one element", "dim 1", f"always {always:g}", "gradient always 0", "sigmoid"):
         assert words in lines[1]
     assert lines[2].endswith("# this line")
-    assert lines[3] == "[[1.0], [1.0]] [[0.0], [0.0]]"
+    assert lines[3] == f"[[{always}], [{always}]] [[0.0], [0.0]]"
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4), (2, 3, 4, 5), (3, 0), (0,)], ids=str)

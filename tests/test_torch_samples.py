@@ -93,7 +93,10 @@ def test_torch_samples(row_of_torch: _registry.Row, dtype: torch.dtype, op_db: l
         for sample in info.reference_inputs(DEVICE, dtype, requires_grad=True):
             x = sample.input.detach().requires_grad_()
             about = f"{info.full_name} of {tuple(x.shape)} strides {x.stride()} {sample.args} {sample.kwargs}"
-            actual, expected = (f(x, *sample.args, **sample.kwargs) for f in (row_of_torch.function, info.op))
+            actual = row_of_torch.function(x, *sample.args, **sample.kwargs)
+            # On the CPU torch rounds the maximum and the logarithm to 16 bits first, which leaves nothing of a result near 0.
+            wide = row_of_torch.name == "log_softmax" and dtype.itemsize == 2
+            expected = info.op(x.float() if wide else x, *sample.args, **sample.kwargs).to(actual.dtype)
             assert_close(actual, expected, x, about)
             # Not y.sum(): that hides errors of the formula, above all in softmax, where its gradient is 0.
             dy = (2 * torch.rand(expected.shape, generator=drawn, dtype=torch.float64) - 1).to(expected.dtype)

@@ -1,5 +1,5 @@
-// Runs the CUDA kernels under the shim and checks what they compute. `driver DTYPE` checks all kernels; `driver table` prints how
-// many of the 65,536 numbers of each 16-bit type come out one step off, for errors that the hardware may have.
+// Runs the CUDA kernels under the shim and checks what they compute. `driver DTYPE` checks all kernels; `driver table` prints
+// how many of the 65,536 numbers of each 16-bit type come out one step off, for errors that the hardware may have.
 #include <array>
 #include <string>
 
