@@ -114,7 +114,7 @@ def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable
         (along_dim if row.along_dim else elementwise)[name] = row
         if "precise_grad" in arguments:
             twin = "precise_" + name
-            with_precise_grad = functools.partial(function, precise_grad=True)
+            with_precise_grad = functools.partial(function, precise_grad=True)  # type: ignore[arg-type]
             precise[twin] = Row(twin, _functors[twin][0], defaults, with_precise_grad, reference, ulp, others)
         return function
 

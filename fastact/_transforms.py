@@ -115,17 +115,17 @@ opaque: set[str] = set()
 def substitute(row: Row) -> None:
     """Dynamo cannot look into a C function, and traces this in its place."""
     reference, defaults, op, count = row.reference, row.arguments, row.op.default, len(row.parameters)
-    tempered = "temperature" in defaults
-    precise_op = _registry.precise["precise_" + row.name].op.default if "precise_grad" in defaults else None
+    tempered, precise = "temperature" in defaults, "precise_grad" in defaults
+    precise_op = _registry.precise["precise_" + row.name].op.default if precise else op
 
-    @torch.compiler.assume_constant_result
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def is_opaque() -> bool:
         return row.name in opaque
 
-    def elementwise(x: Tensor, *values: Any) -> Tensor | None:
-        """The kernel's result, or None where it is the reference that serves the call."""
+    # The kernel's result, or None where it is the reference that serves the call.
+    def elementwise(x: Tensor, *values: Any) -> Any:
         flag = values[count] if len(values) > count else False
-        if x.dtype not in KERNEL_DTYPES or (flag and precise_op is None):
+        if x.dtype not in KERNEL_DTYPES or (flag and not precise):
             return None
         for value in values[:count]:
             if not isinstance(value, int | float):
@@ -134,7 +134,7 @@ def substitute(row: Row) -> None:
 
     def along_dim(
         x: Tensor, dim: int | None, dtype: torch.dtype | None, temperature: Any = 1.0, masked_rows: str = "nan"
-    ) -> Tensor | None:
+    ) -> Any:
         x = x if dtype is None else x.to(dtype)
         if dim is None or x.dtype not in KERNEL_DTYPES or not isinstance(temperature, int | float):
             return None
@@ -144,7 +144,9 @@ def substitute(row: Row) -> None:
 
     def traced(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if is_opaque():
-            y = kernel(x, *args, *[kwargs.get(name, default) for name, default in [*defaults.items()][len(args) :]])
+            y: Tensor | None = kernel(
+                x, *args, *[kwargs.get(name, default) for name, default in [*defaults.items()][len(args) :]]
+            )
             if y is not None:
                 return y
         return reference(x, *args, **kwargs)
@@ -164,7 +166,7 @@ def shard(row: Row) -> None:
         tensors = sum(isinstance(argument.type, torch.TensorType) for argument in op.default._schema.arguments)
         returns = len(op.default._schema.returns)
 
-        @register_sharding(op.default)
+        @register_sharding(op.default)  # type: ignore[untyped-decorator]
         def placements(x: Any, *rest: Any) -> list[tuple[list[Any], list[Any]]]:
             values = rest[tensors - 1 :]
             whole = values[0] % max(x.ndim, 1) if row.along_dim else None
@@ -175,9 +177,13 @@ def shard(row: Row) -> None:
         register(op)
 
 
+def each(tell: Callable[[Row], None], rows: list[Row]) -> None:
+    for row in rows:
+        tell(row)
+
+
 def register_all() -> None:
     rows = [*_registry.rows.values(), *_registry.precise.values()]
-    for row in rows:
-        batch(row)
-    after_import("torch._dynamo", lambda: [substitute(row) for row in _registry.rows.values()])
-    after_import("torch.distributed.tensor", lambda: [shard(row) for row in rows])
+    each(batch, rows)
+    after_import("torch._dynamo", lambda: each(substitute, [*_registry.rows.values()]))
+    after_import("torch.distributed.tensor", lambda: each(shard, rows))

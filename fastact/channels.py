@@ -42,7 +42,9 @@ references: dict[str, Callable[..., Tensor]] = {}
 
 
 def _plain(t: Tensor, like: Tensor) -> bool:
-    return t.dtype is like.dtype and t.layout is torch.strided and not t.is_nested and t.device == like.device
+    # What handles operators itself, such as a DTensor, knows torch's.
+    own = type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return t.dtype is like.dtype and t.layout is torch.strided and not t.is_nested and t.device == like.device and not own
 
 
 def _has_kernel(x: Tensor, *parameters: Tensor) -> bool:
@@ -136,7 +138,8 @@ _MOST_PIECES = 255  # what counts up to it fits into the byte per result that is
 
 def _maxout_reference(x: Tensor, pieces: int, dim: int) -> Tensor:
     dim = dim % x.dim()
-    return x.unflatten(dim, (x.shape[dim] // pieces, pieces)).max(dim + 1).values
+    values: Tensor = x.unflatten(dim, (x.shape[dim] // pieces, pieces)).max(dim + 1).values
+    return values
 
 
 def maxout(x: Tensor, pieces: int, dim: int = 1) -> Tensor:
@@ -160,7 +163,7 @@ def maxout(x: Tensor, pieces: int, dim: int = 1) -> Tensor:
         raise ValueError(f"maxout(): pieces must be positive and divide size {size} of dim {dim}, but is {pieces}")
     if torch.compiler.is_compiling() or pieces > _MOST_PIECES or not _has_kernel(x):
         return _maxout_reference(x, pieces, dim)
-    return torch.ops.fastact.maxout.default(x, pieces, dim)[0]
+    return cast(Tensor, torch.ops.fastact.maxout.default(x, pieces, dim)[0])
 
 
 class Maxout(nn.Module):

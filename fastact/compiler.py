@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from fastact import _registry, _transforms
 
@@ -19,7 +19,7 @@ def _restored(before: set[str]) -> Iterator[None]:
         _transforms.opaque.update(before)
 
 
-def opaque(*names: str) -> contextmanager[None]:
+def opaque(*names: str) -> AbstractContextManager[None]:
     """Keeps the kernels of these activations in what is compiled from now on: `fastact.compiler.opaque("softmax")`.
 
     By default `torch.compile` sees an activation as plain torch operators, which Inductor fuses with their neighbours. That is

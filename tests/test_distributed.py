@@ -150,6 +150,7 @@ def dtensor() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+    import fastact
     from fastact import _registry
 
     mesh = init_device_mesh("cpu", (WORKERS,))
@@ -173,6 +174,10 @@ def dtensor() -> None:
             x = distribute_tensor(full.clone(), mesh, [Shard(0)])
             row.inplace_op(x, *row.parameters.values())
             close(whole(x), row.reference(full, *row.parameters.values()))
+    # What has parameters per channel is torch's there.
+    x, weight = distribute_tensor(full, mesh, [Shard(0)]), distribute_tensor(torch.rand(6).double(), mesh, [Replicate()])
+    close(whole(fastact.prelu(x, weight)), torch.prelu(full, whole(weight)))
+    close(whole(fastact.maxout(x, 2)), fastact.maxout(full, 2))
 
 
 if __name__ == "__main__":
