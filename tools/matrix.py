@@ -103,7 +103,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ |= {"FASTACT_CUDA": "0"}
     os.environ.pop("PYTHONPATH", None)
-    table, bad = lines(), []
+    bad = []
     head = HEAD.format(tests=", ".join(f"`test_{name}.py`" for name in TESTS), machine=machine())
     with tempfile.TemporaryDirectory() as temporary:
         checkout = source(Path(temporary) / "checkout")
@@ -112,7 +112,7 @@ def main() -> None:
                 folder = Path(temporary) / "environment"
                 line = outcome(python, torch, arguments.wheels, checkout, folder)
                 shutil.rmtree(folder, ignore_errors=True)
-                table[python, torch] = f"| {' | '.join(line)} | {datetime.date.today()} |"
+                table = lines() | {(python, torch): f"| {' | '.join(line)} | {datetime.date.today()} |"}
                 print(table[python, torch], flush=True)
                 if not re.fullmatch(r"n/a: .+|\d+ passed", line[2]):
                     bad.append(f"Python {python}, torch {torch}: {line[2]}; {LOGS}")
