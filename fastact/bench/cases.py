@@ -59,13 +59,17 @@ QUICK_CUDA_SOFTMAX_SHAPES = (CUDA_SOFTMAX_SHAPES[0], CUDA_SOFTMAX_SHAPES[10], CU
 TENSORS_MOVED = {"forward": 2, "backward": 3, "both": 5}
 
 _aten = torch.ops.aten
-# torch's own backward op and, made of (x, y, args), what it takes after dy: one tensor among it.
+# torch's own backward op and, made of (x, y, args), what it takes after dy: the tensor that torch saves first among it.
 TWINS: dict[str, tuple[Any, Callable[..., tuple[Any, ...]]]] = {
     "sigmoid": (_aten.sigmoid_backward.default, lambda x, y, args: (y,)),
     "tanh": (_aten.tanh_backward.default, lambda x, y, args: (y,)),
     "relu": (_aten.threshold_backward.default, lambda x, y, args: (y, 0)),
     "leaky_relu": (_aten.leaky_relu_backward.default, lambda x, y, args: (x, *args, False)),
     "elu": (_aten.elu_backward.default, lambda x, y, args: (*args, 1, 1, False, x)),
+    "silu": (_aten.silu_backward.default, lambda x, y, args: (x,)),
+    "softplus": (_aten.softplus_backward.default, lambda x, y, args: (x, *args)),
+    "log_sigmoid": (_aten.log_sigmoid_backward.default, lambda x, y, args: (x, _aten.log_sigmoid_forward(x)[1])),
+    "hardsigmoid": (_aten.hardsigmoid_backward.default, lambda x, y, args: (x,)),
     "softmax": (_aten._softmax_backward_data.default, lambda x, y, args: (y, *args, y.dtype)),
     "log_softmax": (_aten._log_softmax_backward_data.default, lambda x, y, args: (y, *args, y.dtype)),
 }
@@ -174,9 +178,10 @@ def sides(case: Case, inputs: Inputs) -> dict[str, Sides]:
 
 def torch_function(row: Any) -> tuple[Callable[..., Tensor], str]:
     """What a user without fastact calls: torch's function of that name, else the composite."""
-    for module in (torch, torch.nn.functional):
-        if hasattr(module, row.name):
-            return getattr(module, row.name), f"{module.__name__}.{row.name}"
+    for name in (row.name, row.name.replace("_", "")):
+        for module in (torch, torch.nn.functional):
+            if hasattr(module, name):
+                return getattr(module, name), f"{module.__name__}.{name}"
     return row.reference, "the reference made of torch functions"
 
 
