@@ -29,6 +29,7 @@ def test_links_lead_to_files(document: Path) -> None:
         assert target.startswith("https://") or (document.parent / target).exists(), f"{document.name}: {target}"
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # forward mode in torch
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_python_snippets_run(document: Path) -> None:
     for snippet in re.findall(r"```python\n(.*?)```", document.read_text(), re.S):
