@@ -104,7 +104,7 @@ def test_precise_grad_is_the_true_derivative(precise_row: Row, narrow: torch.dty
 
 
 def test_a_gradient_from_a_rounded_output_dies() -> None:
-    """What precise_grad is for: bfloat16 rounds a sigmoid beyond 6.3 to 1, of which no gradient is left; it is coarse before."""
+    """What precise_grad is for: bfloat16 rounds a sigmoid beyond 6.3 to 1, of which no gradient is left."""
     x = torch.tensor([4.0, 4.5, 5.0, 5.5, 5.96875, 7.0, 20.0], dtype=torch.bfloat16)
     true = true_derivative(_registry.precise["precise_sigmoid"], x, ())
     ones = torch.ones_like(x)
