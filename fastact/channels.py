@@ -138,7 +138,8 @@ _MOST_PIECES = 255  # what counts up to it fits into the byte per result that is
 
 def _maxout_reference(x: Tensor, pieces: int, dim: int) -> Tensor:
     dim = dim % x.dim()
-    values: Tensor = x.unflatten(dim, (x.shape[dim] // pieces, pieces)).max(dim + 1).values
+    groups = torch.unflatten(x, dim, (x.shape[dim] // pieces, pieces))
+    values: Tensor = groups.max(dim + 1).values
     return values
 
 
