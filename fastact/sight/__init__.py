@@ -1,0 +1,1 @@
+"""What the activations of a model do to the signal and to the gradient."""
