@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# A histogram counts magnitudes in 64 octaves of 16 equal bins each, for either sign: `counts[sign, octave * 16 + k]`, where sign
-# 1 is negative. Octave o holds magnitudes in (2^(o - 44), 2^(o - 43)], and bin k of it is open below and closed above too. What is
-# smaller (0 among it, as positive) is counted in the first bin, what is larger in the last; NaN and infinity nowhere.
+# A histogram counts magnitudes in 64 octaves of 16 equal bins each, for either sign: `counts[sign, octave * 16 + k]`, where
+# sign 1 is negative. Octave o holds magnitudes in (2^(o - 44), 2^(o - 43)], and bin k of it is open below and closed above too.
+# What is smaller (0 among it, as positive) is counted in the first bin, what is larger in the last; NaN and infinity nowhere.
 OCTAVES, PARTS, LOWEST = 64, 16, -44
 BINS = OCTAVES * PARTS
 
@@ -87,3 +87,5 @@ class History:
     ranks: int = 1  # processes whose counts are added up here
     environment: dict[str, Any] = field(default_factory=dict)
     loss: str | None = None  # name of the loss module, if the model tells
+    # Name of the layer whose output the model returns; "" where what it returns is no activation's; None: not known.
+    output: str | None = None
