@@ -102,7 +102,8 @@ def dead_share(layer: Layer) -> Numbers:
 def _of_units(layer: Layer, which: Callable[[Units], NDArray[np.bool_]]) -> Numbers:
     if layer.units is None:
         return np.full(len(layer.steps), np.nan)
-    return np.sum(which(layer.units), axis=1, dtype=np.float64)
+    number: Numbers = np.count_nonzero(which(layer.units), axis=1).astype(np.float64)
+    return number
 
 
 def rows_seen(layer: Layer) -> Numbers:
