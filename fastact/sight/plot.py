@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -69,8 +70,9 @@ def draw(report: Report) -> Canvas:
     by_layer = 1.1 + _inches(len(layers))
     figure = canvas(13, by_layer + 7.6)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
-    figure.suptitle("Activations, and the gradient that passes them", fontsize=14, color=INK)
-    figure.text(0.5, 0.0, report.looked_at(), ha="center", va="top", fontsize=9, color=INK, wrap=False)
+    figure.suptitle(f"Activations, and the gradient that passes them\n{_found(report)}", fontsize=13, color=INK)
+    foot = textwrap.fill(report.looked_at(), 150)
+    figure.text(0.5, 0.0, foot, ha="center", va="top", fontsize=9, color=INK)
     panels = figure.subplots(3, 2, height_ratios=[by_layer, 3.3, 3.6], gridspec_kw={"width_ratios": [1, 1]})
     colours = layer_colours(len(layers))
     _bars(panels[0, 0], summary, colours)
@@ -80,6 +82,14 @@ def draw(report: Report) -> Canvas:
     _over_steps(panels[2, 0], layers, colours)
     _map(panels[2, 1], layers, summary)
     return figure
+
+
+def _found(report: Report) -> str:
+    found: dict[str, list[str]] = {}
+    for verdict in report.verdicts:
+        found.setdefault(verdict.kind, []).append(verdict.layer)
+    said = [f"{kind}: {shortened(at[0], NAME) if len(at) == 1 else f'{len(at)} layers'}" for kind, at in found.items()]
+    return textwrap.fill("; ".join(said) or "no trouble found", 110)
 
 
 def layer_colours(n: int) -> list[Any]:
@@ -179,9 +189,10 @@ def _densities(axes: Axes, layers: Sequence[Layer], colours: Sequence[Any]) -> N
         density, edges = _without_zeros(layer.output)
         if density.any():
             centres = (edges[:-1] + edges[1:]) / 2
-            shown = np.flatnonzero(density)
-            cut = slice(max(shown[0] - 1, 0), shown[-1] + 2)
-            axes.plot(centres[cut], density[cut] / density.max(), color=colour, linewidth=1.3)
+            first, *_, last = [*np.flatnonzero(density)] * 2
+            x = [edges[first], *centres[first : last + 1], edges[last + 1]]
+            y = [0, *density[first : last + 1] / density.max(), 0]
+            axes.plot(x, y, color=colour, linewidth=1.3)
             within = np.cumsum(density) / density.sum()
             low, high = np.searchsorted(within, [(1 - INSIDE) / 2, (1 + INSIDE) / 2])
             extents.append((edges[low], edges[min(high + 1, len(edges) - 1)]))
@@ -206,7 +217,7 @@ def _gradient_densities(axes: Axes, layers: Sequence[Layer], colours: Sequence[A
     seen = []
     for layer, colour in zip(layers, colours, strict=True):
         counts = layer.gradient_out.histogram.sum(axis=0).astype(np.float64)
-        counts[0] = max(counts[0] - layer.gradient_out.zeros.sum(), 0)
+        counts[: PARTS // SUBOCTAVES] = 0  # among them zeros and all that is smaller still
         density = counts.reshape(-1, PARTS // SUBOCTAVES).sum(axis=1) / widths
         if density.any():
             shown = np.flatnonzero(density > 1e-3 * density.max())
@@ -216,7 +227,7 @@ def _gradient_densities(axes: Axes, layers: Sequence[Layer], colours: Sequence[A
     _style(axes, "Density of the gradients that go out to the input (peak at 1)")
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("magnitude, without exact zeros", color=INK, fontsize=9)
+    axes.set_xlabel(f"magnitude (above {borders[1]:.0e})", color=INK, fontsize=9)
     if seen:
         axes.set_xlim(min(low for low, _ in seen) / 2, max(high for _, high in seen) * 2)
     else:
@@ -241,6 +252,9 @@ def _over_steps(axes: Axes, layers: Sequence[Layer], colours: Sequence[Any]) -> 
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left, right = axes.get_xlim()
+    if right - left < 1:  # a single step
+        axes.set_xlim(left - 0.5, right + 0.5)
     axes.set_xlabel("step", color=INK, fontsize=9)
 
 
