@@ -78,7 +78,7 @@ INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # by size in bytes
 
 
 # Where those would say little: a threshold below 20 saves the input, and leaves a step in the function.
-EXTRA_PARAMETERS_OF = {"softplus": [(2.5, 20.0), (-1.0, 30.0), (0.5, 10.0)]}
+EXTRA_PARAMETERS_OF = {"softplus": [(2.5, 20.0), (-1.0, 25.0), (0.5, 10.0)]}
 
 
 def parameter_sets(row: _registry.Row) -> list[tuple[float, ...]]:
