@@ -13,8 +13,8 @@ C_FILES := csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cuda_shim/*
 demo: .venv/.built                      ## train a small CNN with torch.nn's activations and with fastact's
 	$(BIN)/python examples/digits_cnn.py
 
-test: .venv/.built                      ## the whole suite
-	$(BIN)/python -m pytest
+test: .venv/.built                      ## the whole suite, a file at a time on each core
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 bench: .venv/.built                     ## measure this machine
 	$(BIN)/python -m fastact.bench

@@ -103,8 +103,9 @@ struct SiLU : SavesInput {
   }
 };
 
-/// log(1 + exp(z)) / beta with z = beta x; x where z > threshold. The output tells the derivative, 1 - exp(-beta y), as long as
-/// the threshold lies where both branches are the same to the last bits.
+/// log(1 + exp(z)) / beta with z = beta x; x where z > threshold. The output tells the derivative, 1 - exp(-beta y), but not on
+/// which side of the threshold an input lay that is within exp(-threshold) of it; from a threshold of 20 on that is 2e-9, and
+/// so is the derivative's jump there.
 template <class V>
 struct Softplus {
   static constexpr bool costly = true;

@@ -27,9 +27,6 @@ from fastact.bench.report import Report
 from fastact.bench.saved import Kept, kept, saved_bytes, saved_table
 from fastact.bench.timing import CallTimer, CpuTimer, CudaTimer, Spread, Timer
 
-# Rows that are measured beside torch alone.
-WITHOUT_PEERS = {"silu", "softplus", "log_sigmoid", "hardsigmoid"}
-
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch):
@@ -261,13 +258,17 @@ class FakeJax:
     def __init__(self):
         self.config = SimpleNamespace(update=lambda *_: None)
         self.dlpack = SimpleNamespace(from_dlpack=lambda tensor: tensor)
-        self.numpy = SimpleNamespace(where=torch.where, tanh=torch.tanh, exp=torch.exp)
+        self.numpy = SimpleNamespace(where=torch.where, tanh=torch.tanh, exp=torch.exp, expm1=torch.expm1)
         functional = torch.nn.functional
         self.nn = SimpleNamespace(
             sigmoid=torch.sigmoid,
             relu=torch.relu,
             leaky_relu=functional.leaky_relu,
             elu=functional.elu,
+            silu=functional.silu,
+            softplus=functional.softplus,
+            log_sigmoid=functional.logsigmoid,
+            hard_sigmoid=functional.hardsigmoid,
             softmax=torch.softmax,
             log_softmax=torch.log_softmax,
         )
@@ -291,6 +292,8 @@ class FakeOnnx:
         "LeakyRelu": lambda x, alpha: torch.nn.functional.leaky_relu(x, alpha),
         "Tanh": torch.tanh,
         "Elu": torch.nn.functional.elu,
+        "Softplus": torch.nn.functional.softplus,
+        "HardSigmoid": lambda x, alpha, beta: (alpha * x + beta).clamp(0, 1),
         "Softmax": lambda x, axis: torch.softmax(x, axis),
         "LogSoftmax": lambda x, axis: torch.log_softmax(x, axis),
     }
@@ -350,8 +353,6 @@ def test_peers_are_measured_beside_torch(fake_peers, tmp_path, capsys):
         expected = {"forward": {"ort", "jax"}, "backward": {"jax"}, "both": set()}[row.direction]
         if row.dtype == "bfloat16" or row.op not in OPERATORS:  # which ONNX Runtime lacks
             expected.discard("ort")
-        if row.op in WITHOUT_PEERS:
-            expected = set()
         assert set(row.peers) == expected, row
         assert row.ratio_peers == {name: row.peers[name].median / row.ours.median for name in expected}
     out = capsys.readouterr().out
@@ -401,7 +402,7 @@ def test_installed_peers_compute_what_is_measured(name):
         inputs = Inputs(case, "cpu")
         for direction, side in sides(case, inputs).items():
             found = peers(case, inputs, direction, side.ours)
-            assert ("jax" in found) == (direction != "both" and case.row.name not in WITHOUT_PEERS), peers.notes()
+            assert ("jax" in found) == (direction != "both"), peers.notes()
             has_kernel = name in ("float32", "float16") and case.row.name in OPERATORS
             assert "ort" in found or direction != "forward" or not has_kernel, peers.notes()
 

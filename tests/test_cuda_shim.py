@@ -11,12 +11,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import KERNELS, ROOT, compile_kernels
 
-ROOT = Path(__file__).parent.parent
 SHIM = ROOT / "tests" / "cuda_shim"
 # Every overrun and every misaligned access is an error; fused multiply-adds only where formulas say so, as on the GPU.
 FLAGS = [
@@ -34,8 +35,6 @@ FLAGS = [
     ),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", f"-I{ROOT / 'csrc'}", f"-I{SHIM}"),
 ]
-# The CPU's kernels, with which results are compared: as they are built, without sanitizers.
-CPU_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wno-psabi"]
 # Fibers are stacks of their own, which this option of the sanitizer does not know. The CPU's kernels for AVX-512 take tanh from
 # a table, those for AVX2 have the arithmetic of a CUDA thread.
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0", "FASTACT_ISA": "avx2"}
@@ -45,28 +44,28 @@ pytestmark = [
 ]
 
 
-def build(folder: Path, program: str, *others: Path) -> Path:
-    """`program` of tests/cuda_shim, linked with the other sources."""
+def build(folder: Path, program: str, sources: Iterable[Path] = (), objects: Iterable[Path] = ()) -> Path:
+    """`program` of tests/cuda_shim, linked with the other sources, and with objects that no sanitizer watches."""
 
-    def compiled(source: Path) -> str:
-        target = folder / f"{program}-{source.parent.name}-{source.stem}.o"
-        flags = CPU_FLAGS if source.parent.name == "cpu" else FLAGS
-        command = [os.environ.get("CXX", "c++"), "-x", "c++", *flags, "-c", source, "-o", target]
-        made = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-        assert made.returncode == 0, made.stderr
-        return str(target)
+    def compiled(source: Path) -> Path:
+        target = folder / f"{program}-{source.stem}.o"
+        command = [os.environ.get("CXX", "c++"), "-x", "c++", *FLAGS, "-c", source, "-o", target]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, [*others, SHIM / f"{program}.cpp"]))
+        made = list(pool.map(compiled, [*sources, SHIM / f"{program}.cpp"]))
     target = folder / program
-    link = [os.environ.get("CXX", "c++"), "-fsanitize=address,undefined", *objects, "-o", str(target)]
-    made = subprocess.run(link, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
+    link = [os.environ.get("CXX", "c++"), "-fsanitize=address,undefined", *made, *objects, "-o", target]
+    linked = subprocess.run(link, capture_output=True, text=True)
+    assert linked.returncode == 0, linked.stderr
     return target
 
 
-def build_driver(folder: Path) -> Path:
-    return build(folder, "driver", *ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/cpu/*.cpp"))
+def build_driver(folder: Path, kernel_objects: Iterable[Path]) -> Path:
+    """With the CPU's kernels as they are built, since results are compared with theirs."""
+    return build(folder, "driver", ROOT.glob("csrc/cuda/*.cu"), kernel_objects)
 
 
 def run(program: Path, argument: str) -> subprocess.CompletedProcess[str]:
@@ -79,8 +78,8 @@ def selftest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_driver(tmp_path_factory.mktemp("driver"))
+def driver(tmp_path_factory: pytest.TempPathFactory, kernel_objects: dict[str, Path]) -> Path:
+    return build_driver(tmp_path_factory.mktemp("driver"), kernel_objects.values())
 
 
 @pytest.mark.parametrize("kernel", ["sound", "sound cluster"])
@@ -151,5 +150,6 @@ if __name__ == "__main__":
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         sys.exit("a C++ compiler is needed")
     with tempfile.TemporaryDirectory() as folder:
+        kernels = compile_kernels(Path(folder), [path.stem for path in KERNELS.glob("*.cpp")])
         print("| | | -2 | -1 | 0 | 1 | 2 |\n| --- | --- | --- | --- | --- | --- | --- |")
-        print(run(build_driver(Path(folder)), "table").stdout, end="")
+        print(run(build_driver(Path(folder), kernels.values()), "table").stdout, end="")

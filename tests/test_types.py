@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ALL_ROWS
+from conftest import PUBLIC_ROWS
 
 from fastact import _registry
 
@@ -22,7 +22,7 @@ import fastact.functional
 from fastact import {names}
 
 x = torch.ones(2, 3)
-""".format(names=", ".join(row.name for row in ALL_ROWS))
+""".format(names=", ".join(row.name for row in PUBLIC_ROWS))
 TENSOR = 'Revealed type is "torch._tensor.Tensor"'
 
 # A line, and a pattern of what is said of it; None for nothing.
@@ -74,7 +74,7 @@ OTHERS: list[Line] = [
 
 
 def test_a_users_program(tmp_path: Path) -> None:
-    lines = [line for row in ALL_ROWS for line in of_row(row)] + SOFTMAX + OTHERS
+    lines = [line for row in PUBLIC_ROWS for line in of_row(row)] + SOFTMAX + OTHERS
     program = tmp_path / "program.py"
     program.write_text(HEAD + "".join(f"{code}\n" for code, _ in lines))
     command = [

@@ -26,7 +26,8 @@ from install_check import ROOT, run, source
 PYTHONS = ["3.11", "3.12", "3.13"]
 TORCHES = ["2.11", "2.12", "2.13", "2.14", "2.15"]
 # What asks torch or the interpreter for something; kernels and accuracy do not.
-TESTS = ["autograd", "registration", "special_values", "softmax", "layouts", "bad_calls", "owned_gradient"]
+TESTS = ["autograd", "registration", "func", "compile", "expectations", "swap", "bad_calls", "owned_gradient", "channels"]
+TESTS += ["special_values", "softmax", "layouts", "maxout"]
 BUILD = ["--no-build-isolation", "--no-deps", "--editable", "."]
 PAGE = ROOT / "docs" / "matrix.md"
 LOGS = ROOT / "build" / "matrix"
@@ -74,9 +75,8 @@ def outcome(python: str, torch: str, wheels: str | None, checkout: Path, folder:
         log(f"{python}-{torch}-build", str(failure))
         return python, torch, "does not build"
     tests = [f"tests/test_{name}.py" for name in TESTS]
-    made = subprocess.run(
-        [with_torch, "-m", "pytest", *tests], cwd=checkout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    command = [with_torch, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *tests]
+    made = subprocess.run(command, cwd=checkout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     log(f"{python}-{torch}-tests", made.stdout)
     counts = re.findall(r"\d+ (?:failed|passed|skipped|errors?)\b", made.stdout.rstrip().rpartition("\n")[2])
     return python, torch, ", ".join(counts) or "tests do not start"

@@ -188,7 +188,7 @@ def torch_function(row: Any) -> tuple[Callable[..., Tensor], str]:
 def _backward(case: Case, inputs: Inputs, with_args: Callable[[Tensor], Tensor]) -> Sides:
     row, args, x, dy = case.row, case.args, inputs.x, inputs.dy
     y = row.function(x, *args)
-    saved = x if case.dim is None and row.saves_input(*args) else y
+    saved = x if row.saves_input(*args) else y
     op = getattr(row.backward_op, "default", row.backward_op)  # as below: no overload to resolve
     ours = partial(op, dy, saved, *args)
 

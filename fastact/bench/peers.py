@@ -24,15 +24,17 @@ from fastact.bench.timing import Call
 TOLERANCE = {dtype: max(1e-5, 4 * torch.finfo(torch_dtype).eps) for dtype, torch_dtype in DTYPES.items()}
 
 
-# The ONNX operator, and the attributes that take the parameters.
-OPERATORS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "sigmoid": ("Sigmoid", ()),
-    "relu": ("Relu", ()),
-    "leaky_relu": ("LeakyRelu", ("alpha",)),
-    "tanh": ("Tanh", ()),
-    "elu": ("Elu", ("alpha",)),
-    "softmax": ("Softmax", ("axis",)),
-    "log_softmax": ("LogSoftmax", ("axis",)),
+# The ONNX operator, and its attributes for the parameters; it has no others than the default ones of softplus.
+OPERATORS: dict[str, tuple[str, Callable[..., dict[str, Any]]]] = {
+    "sigmoid": ("Sigmoid", dict),
+    "relu": ("Relu", dict),
+    "leaky_relu": ("LeakyRelu", lambda slope: {"alpha": slope}),
+    "tanh": ("Tanh", dict),
+    "elu": ("Elu", lambda alpha: {"alpha": alpha}),
+    "softplus": ("Softplus", lambda beta, threshold: {}),
+    "hardsigmoid": ("HardSigmoid", lambda: {"alpha": 1 / 6, "beta": 0.5}),
+    "softmax": ("Softmax", lambda dim: {"axis": dim}),
+    "log_softmax": ("LogSoftmax", lambda dim: {"axis": dim}),
 }
 ONNX_TYPES = {"float32": "FLOAT", "bfloat16": "BFLOAT16", "float16": "FLOAT16", "float64": "DOUBLE"}
 
@@ -98,7 +100,7 @@ class OnnxRuntime:
         operator, attributes = OPERATORS[case.row.name]
         helper, kind = self._onnx.helper, getattr(self._onnx.TensorProto, ONNX_TYPES[case.dtype])
         x, y = (helper.make_tensor_value_info(name, kind, case.shape) for name in "xy")
-        node = helper.make_node(operator, ["x"], ["y"], **dict(zip(attributes, case.args, strict=True)))
+        node = helper.make_node(operator, ["x"], ["y"], **attributes(*case.args))
         graph = helper.make_graph([node], operator, [x], [y])
         opset = helper.make_opsetid("", self.OPSET)
         model: bytes = helper.make_model(graph, opset_imports=[opset], ir_version=self.IR_VERSION).SerializeToString()
@@ -106,8 +108,8 @@ class OnnxRuntime:
 
 
 class Jax:
-    """Functions under jax.jit. A backward is the formula of (dy, y), which is what ours and torch's compute: jax.vjp inside one
-    jit would compute the forward once more, and split in two it moves work of the backward into the forward.
+    """Functions under jax.jit. A backward is the formula of dy and of what ours saves, the output or the input: jax.vjp inside
+    one jit would compute the forward once more, and split in two it moves work of the backward into the forward.
     """
 
     name = "jax"
@@ -123,7 +125,7 @@ class Jax:
     def note(self) -> str:
         return (
             f"jax: jax {self._jax.__version__}, threads: {self._threads} (by NPROC); jitted, until the result is ready; "
-            "backward: the formula of dy and y"
+            "backward: the formula of dy and of what ours saves"
         )
 
     def contender(self, case: Case, inputs: Inputs, direction: str) -> Contender | None:
@@ -131,7 +133,10 @@ class Jax:
         if direction == "both" or pair is None:
             return None
         formula = pair[direction == "backward"]
-        tensors = [inputs.x] if direction == "forward" else [inputs.dy, case.row.function(inputs.x, *case.args)]
+        tensors = [inputs.x]
+        if direction == "backward":
+            y = case.row.function(inputs.x, *case.args)
+            tensors = [inputs.dy, inputs.x if case.row.saves_input(*case.args) else y]
         function = self._jax.jit(lambda *arrays: formula(*arrays, *case.args))
         arrays = [self._jax.dlpack.from_dlpack(tensor) for tensor in tensors]
 
@@ -141,8 +146,12 @@ class Jax:
         return Contender(call, lambda: torch.utils.dlpack.from_dlpack(call()))
 
     def _formulas(self) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
-        """By op: the forward of (x, parameters), and the backward of (dy, y, parameters)."""
-        nn, where = self._jax.nn, self._numpy.where
+        """By op: the forward of (x, parameters), and the backward of (dy, y, parameters); of silu (dy, x)."""
+        nn, where, expm1 = self._jax.nn, self._numpy.where, self._numpy.expm1
+
+        def silu_backward(dy: Any, x: Any) -> Any:
+            s = nn.sigmoid(x)
+            return dy * s * (1 + x * (1 - s))
 
         def softmax_backward(dy: Any, y: Any, dim: int) -> Any:
             return y * (dy - (dy * y).sum(dim, keepdims=True))
@@ -160,6 +169,13 @@ class Jax:
                 lambda dy, y, scale, slope: dy * slope * y * (1 - y / scale),
             ),
             "elu": (nn.elu, lambda dy, y, alpha: where(y > 0, dy, dy * (y + alpha))),
+            "silu": (nn.silu, silu_backward),
+            "softplus": (
+                lambda x, beta, threshold: where(beta * x > threshold, x, nn.softplus(beta * x) / beta),
+                lambda dy, y, beta, threshold: where(beta * y > threshold, dy, dy * -expm1(-beta * y)),
+            ),
+            "log_sigmoid": (nn.log_sigmoid, lambda dy, y: dy * -expm1(y)),
+            "hardsigmoid": (nn.hard_sigmoid, lambda dy, y: where((y > 0) & (y < 1), dy / 6, 0)),
             "softmax": (nn.softmax, softmax_backward),
             "log_softmax": (nn.log_softmax, log_softmax_backward),
         }
