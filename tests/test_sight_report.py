@@ -430,7 +430,7 @@ def a_few_dead(random: np.random.Generator, dead: int, steps: int = 20, times: i
 HEALTHY: dict[str, Callable[[np.random.Generator], History]] = {
     "tanh": lambda r: stack(r, "tanh", 5, 5 / 3),
     "sigmoid": lambda r: stack(r, "sigmoid", 3, 1),
-    "relu": lambda r: stack(r, "relu", 4, math.sqrt(2)),
+    "relu": lambda r: stack(r, "relu", 3, math.sqrt(2)),
     "deep relu": deep_relu,
     "wide relu inputs": lambda r: stack(r, "relu", 3, 3),
     "half of relu6 at 0": lambda r: history(planted(r, "relu6", list(np.clip(r.standard_normal((20, 64, 32)), 0, 6)))),
@@ -461,7 +461,7 @@ def sparse_relu(random: np.random.Generator) -> History:
 def nan_gradient(random: np.random.Generator) -> History:
     """At step 3, from the second of three layers down; at step 4 everywhere."""
     bad = np.full((4, 4), np.nan)
-    good = random.standard_normal((4, 4))
+    good = np.tanh(random.standard_normal((4, 4))) / 2
     layers = []
     for i in range(3):
         before = [Step(good, good, good)] * 3
