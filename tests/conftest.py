@@ -58,6 +58,7 @@ CPU_ONLY_FILES = {
     "test_docs": "reads the documents",
     "test_memory": "looks at the memory of CPU tensors",
     "test_packaging": "builds packages",
+    "test_sight_report": "computes with NumPy",
 }
 
 # Parameters besides the defaults: both signs, zero, and values that are not powers of two.

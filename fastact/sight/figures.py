@@ -151,18 +151,20 @@ def histogram(side: Side) -> tuple[NDArray[np.int64], Numbers]:
     The bins divide [-2^e, 2^e], where e is the smallest integer with |x| <= 2^e for all x that were counted: 32 for either
     sign, of width w = 2^(e - 5). Bin 32 + j counts x in (j w, (j + 1) w] for j = 0 ... 31, and bin 31 - j counts -x in the same
     interval; 0 is counted in bin 32. The result is exact: in the five highest octaves w is a whole number of the monitor's
-    bins, and all lower octaves lie within [0, w]. The monitor's octaves set two limits: e is at least LOWEST + 1, and
-    magnitudes above 2^(LOWEST + OCTAVES) are counted in the last bin.
+    bins, and all lower octaves lie within [0, w]. The monitor's octaves set the limits: e is at least LOWEST + 1; magnitudes
+    in its first bin, up to 2^LOWEST (1 + 1/16), are taken for 0, and those above 2^(LOWEST + OCTAVES) counted in the last one.
     """
-    octaves = side.histogram.reshape(2, OCTAVES, PARTS)
+    octaves = side.histogram.reshape(2, OCTAVES, PARTS).copy()
     filled = np.flatnonzero(octaves.any(axis=(0, 2)))
     top = int(filled[-1]) if len(filled) else 0
     halves = np.zeros((2, HALF), np.int64)
+    halves[:, 0] = octaves[:, 0, 0]
+    octaves[:, 0, 0] = 0
     # Of octave top - i, 2^i neighbours make a bin: PARTS >> i bins, the last of them below the first one of the octave above.
     for i in range(min(PARTS.bit_length(), top + 1)):
         size = PARTS >> i
         halves[:, size : 2 * size] = octaves[:, top - i].reshape(2, size, -1).sum(axis=2)
-    halves[:, 0] = octaves[:, : max(top - PARTS.bit_length() + 1, 0)].sum(axis=(1, 2))
+    halves[:, 0] += octaves[:, : max(top - PARTS.bit_length() + 1, 0)].sum(axis=(1, 2))
     edges = np.linspace(-1, 1, 2 * HALF + 1) * 2.0 ** (top + LOWEST + 1)
     return np.concatenate((halves[1, ::-1], halves[0])), edges
 
@@ -272,7 +274,7 @@ def summary(history: History, training: bool | None = None) -> list[Figure]:
     where = [chosen(layer, training) for layer in history.layers]
     found = [per_step(merged(layer, w)) for layer, w in zip(history.layers, where, strict=True)]
     ratios = [np.full(1, np.nan) if layer.rows else f["ratio"] for layer, f in zip(history.layers, found, strict=True)]
-    for f, product in zip(found, products(np.array(ratios).reshape(len(found), -1)), strict=True):
+    for f, product in zip(found, products(np.array(ratios).reshape(-1, 1)), strict=True):
         f["product"] = product
     return [
         _about(layer) | {"steps": int(w.sum())} | {name: _plain(name, f[name][0]) for name in NAMES}

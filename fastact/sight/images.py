@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 MOST = 64  # kernels of a layer that are shown, and rows and columns of a 1x1 convolution's matrix
 ACROSS = 16  # kernels side by side
-BETWEEN = "#8C8C8C"  # what separates them, and stands for NaN: white is 0
+BETWEEN = "#8C8C8C"  # what separates them where white is 0, and stands for NaN
 
 
 def gradient_images(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -110,7 +110,7 @@ class Pair:
             if out > MOST:
                 self.shown = f"the first {MOST}"
             pixels = np.clip(np.moveaxis(tensor[:MOST], 1, -1) / (2 * self.limit(tensor)) + 0.5, 0, 1)
-            return _grid([_image(k) for k in np.nan_to_num(pixels)], min(ACROSS, len(pixels)), int(BETWEEN[1:3], 16) / 255)
+            return _grid([_image(k) for k in np.nan_to_num(pixels)], min(ACROSS, len(pixels)), 1.0)
         across = min(into, ACROSS)
         down = min(out, MOST // across)
         if (down, across) != (out, into):

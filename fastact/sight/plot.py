@@ -94,7 +94,7 @@ def _found(report: Report) -> str:
 
 def layer_colours(n: int) -> list[Any]:
     """From the input to the output, without the lightest part of viridis, which is lost on white."""
-    return [colormaps["viridis"](x) for x in (np.linspace(0, 0.88, n) if n > 1 else [0.3])]
+    return [colormaps["viridis"](x) for x in ([0.3] if n == 1 else np.linspace(0, 0.88, n))]
 
 
 def _bars(axes: Axes, summary: Sequence[Figure], colours: Sequence[Any]) -> None:
@@ -237,6 +237,7 @@ def _gradient_densities(axes: Axes, layers: Sequence[Layer], colours: Sequence[A
 
 
 def _over_steps(axes: Axes, layers: Sequence[Layer], colours: Sequence[Any]) -> None:
+    bad: list[int] = []
     for layer, colour in zip(layers, colours, strict=True):
         where = figures.chosen(layer)
         if layer.squashing:  # for relu6 and hardsigmoid zeros are among these
@@ -245,9 +246,10 @@ def _over_steps(axes: Axes, layers: Sequence[Layer], colours: Sequence[Any]) -> 
             share = figures.zeros(layer.output)
         marker = "o" if where.sum() <= 20 else None
         axes.plot(layer.steps[where], share[where], color=colour, linewidth=1.3, marker=marker, markersize=3)
-        for step in layer.steps[where & (layer.output.nan > 0)][:1]:
-            axes.axvline(step, color=DEAD, linewidth=1, linestyle=(0, (4, 2)), zorder=0)
-            axes.annotate("NaN", (step, 1.0), color=DEAD, fontsize=8, xytext=(3, -9), textcoords="offset points")
+        bad += layer.steps[where & (layer.output.nan > 0)].tolist()
+    if bad:
+        axes.axvline(min(bad), color=DEAD, linewidth=1, linestyle=(0, (4, 2)), zorder=0)
+        axes.annotate("NaN", (min(bad), 1.0), color=DEAD, fontsize=8, xytext=(3, -9), textcoords="offset points")
     _style(axes, "Saturated outputs, or exact zeros, over the steps")
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
@@ -301,9 +303,10 @@ def _map(axes: Axes, layers: Sequence[Layer], summary: Sequence[Figure]) -> None
     _style(axes, f"{name}: {f['dead_units']} dead of {f['units']} units{some}", pad=12)
     axes.grid(visible=False)
     axes.set_ylabel("step", color=INK, fontsize=9)
-    round_steps = [s for s in MaxNLocator(6, integer=True).tick_values(steps[0], steps[-1]) if steps[0] <= s <= steps[-1]]
-    places = np.searchsorted([steps[b[-1]] for b in blocks], round_steps)
-    axes.set_yticks(places, [f"{s:.0f}" for s in round_steps])
+    marks = np.intersect1d(MaxNLocator(6, integer=True).tick_values(steps[0], steps[-1]), steps)
+    if len(marks) < 3:  # no round numbers among them
+        marks = steps[np.unique(np.linspace(0, len(steps) - 1, 6).astype(int))]
+    axes.set_yticks(np.searchsorted([steps[b[-1]] for b in blocks], marks), [f"{step:.0f}" for step in marks])
     if some:
         ticks = np.unique(np.linspace(0, len(shown) - 1, 6).astype(int))
         axes.set_xticks(ticks, [str(shown[t]) for t in ticks])
