@@ -132,6 +132,62 @@ static constexpr int64_t maxout_units(MaxoutShape s) {
   return groups * ((s.inner + kMaxoutPart - 1) / kMaxoutPart);
 }
 
+/// Which elements of a dense tensor a monitor looks at, in memory order, and what it wants to know of them: `runs` runs of kRun
+/// neighbours, the last of which may be shorter.
+struct Look {
+  static constexpr int64_t kRun = 64;
+  int64_t n;                     // elements of the tensor
+  int64_t runs, spacing, phase;  // all of them where spacing is kRun
+  double low, high;              // saturated are those up to `low`, and from `high`; NaN: none
+  int64_t units, inner;          // element i belongs to unit i / inner % units; no units: 0
+
+  /// Of n elements all, or about `sample` of them where that is above 0 and below n; `phase` counts the calls.
+  static constexpr Look at(int64_t n, int64_t sample, int64_t phase) {
+    const int64_t runs = sample / kRun > 0 ? sample / kRun : 1;
+    if (sample > 0 && sample < n && n / runs >= kRun) return {n, runs, n / runs, phase, 0, 0, 0, 0};
+    return {n, (n + kRun - 1) / kRun, kRun, 0, 0, 0, 0, 0};
+  }
+};
+
+/// Counters of magnitudes for either sign: [2][kBins], the negative ones last. An octave holds those above 2^k and up to
+/// 2^(k + 1), in equal parts; the first bin also what is smaller, with 0 as positive, and the last one what is larger.
+struct Histogram {
+  static constexpr int kOctaves = 64, kParts = 16, kLowest = -44, kBins = kOctaves * kParts;
+  uint32_t counts[2][kBins];
+};
+
+/// Of one tensor; all zero before the first look. The sums and the extremes are those of the finite elements.
+struct Tally {
+  uint64_t count, zeros, low, high, nan, infinite;
+  uint64_t largest, smallest;  // keys (look.h) of the largest, and of the largest negated; 0: none
+  double total, squares;
+};
+
+/// Of the rows of a softmax.
+struct RowTally {
+  uint64_t count, sure, nan;
+  double entropy;  // of rows without NaN, as a share of the largest there can be
+};
+
+/// What a monitor gathers of one layer: its output, and the gradients that come to it and that it passes on.
+enum { kOutput, kGradientIn, kGradientOut, kSides };
+struct Ledger {
+  Tally sides[kSides];
+  RowTally rows;
+};
+
+/// Rows that a monitor looks at, of outer * inner, `spacing` apart.
+struct RowLook {
+  int64_t length, inner, rows, spacing, phase;
+  bool logarithms;  // of the probabilities
+  double scale;     // 1 / log(length); 0 where length is 1
+};
+
+/// Adds runs in [begin, end) to a tally and a histogram. `units`: a byte each, 1 where one of its elements was looked at, then
+/// as many, 1 where one of these was not 0.
+using LookKernel = void (*)(const void* x, Look, int64_t begin, int64_t end, Tally*, Histogram*, uint8_t* units);
+using RowLookKernel = void (*)(const void* y, RowLook, RowTally*);
+
 constexpr int kMaxRows = 32, kMaxSoftmaxes = 4, kMaxChannelRows = 8;
 
 /// Everything one instruction set offers, indexed [row][dtype]: rows of activations.h, and of softmax.h.
@@ -146,6 +202,8 @@ struct Kernels {
   ChannelTotals channel_totals[kDTypes];
   MaxoutForward maxout_forward[kDTypes];
   MaxoutBackward maxout_backward[kDTypes];
+  LookKernel look[kDTypes];
+  RowLookKernel look_at_rows[kDTypes];
 };
 
 namespace cuda {
@@ -173,6 +231,10 @@ using ChannelBackward = int (*)(const void* dy, const void* x, void* dx, const v
 using MaxoutForward = int (*)(const void* x, void* y, uint8_t* index, MaxoutShape, Queue);
 using MaxoutBackward = int (*)(const void* dy, const uint8_t* index, void* dx, MaxoutShape, Queue);
 
+/// As on the CPU, whole, into device memory.
+using LookKernel = int (*)(const void* x, Look, Tally*, Histogram*, uint8_t* units, Queue);
+using RowLookKernel = int (*)(const void* y, RowLook, RowTally*, Queue);
+
 /// Indexed [row][dtype], as cpu's.
 struct Kernels {
   const Forward (*forward)[kDTypes];
@@ -185,6 +247,8 @@ struct Kernels {
   int64_t (*channel_workspace)(DType, ChannelShape, int parameters);
   const MaxoutForward* maxout_forward;
   const MaxoutBackward* maxout_backward;
+  const LookKernel* look;
+  const RowLookKernel* look_at_rows;
 };
 
 /// Only in a build with CUDA.

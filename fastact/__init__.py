@@ -4,9 +4,10 @@ from fastact._build import build_info, check
 
 check()
 
-from fastact import _transforms, activations, autograd, channels, compiler, functional, memory, modules, swap  # noqa: E402
+from fastact import _transforms, activations, autograd, channels, compiler, functional, memory, modules, sight, swap  # noqa: E402
 from fastact.activations import *  # noqa: E402, F403
 from fastact.channels import *  # noqa: E402, F403
+from fastact.sight import gradient_images, monitor  # noqa: E402
 from fastact.swap import functional_patch, patch, unpatch  # noqa: E402
 
 _transforms.register_all()
@@ -18,9 +19,12 @@ __all__ = [
     "compiler",
     "functional",
     "functional_patch",
+    "gradient_images",
     "memory",
     "modules",
+    "monitor",
     "patch",
+    "sight",
     "swap",
     "unpatch",
     *activations.__all__,

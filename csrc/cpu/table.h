@@ -5,6 +5,7 @@
 #include "../channels.h"
 #include "channels.h"
 #include "elementwise.h"
+#include "look.h"
 #include "maxout.h"
 #include "softmax_rows.h"
 
@@ -23,6 +24,8 @@ const Kernels kernels = {
     FASTACT_EACH_DTYPE(channel_totals),
     FASTACT_EACH_DTYPE(maxout_forward),
     FASTACT_EACH_DTYPE(maxout_backward),
+    FASTACT_EACH_DTYPE(look),
+    FASTACT_EACH_DTYPE(look_at_rows),
 };
 
 }  // namespace FASTACT_NAMESPACE

@@ -114,6 +114,14 @@ __device__ __forceinline__ T* cluster_peer(T* place, int rank) {
 #endif
 }
 
+/// Atomically. CUDA's 64-bit integers have another name than the standard's.
+__device__ __forceinline__ void add_to(uint64_t* sum, uint64_t n) {
+  if (n > 0) atomicAdd(reinterpret_cast<unsigned long long*>(sum), static_cast<unsigned long long>(n));
+}
+__device__ __forceinline__ void raise_to(uint64_t* most, uint64_t n) {
+  atomicMax(reinterpret_cast<unsigned long long*>(most), static_cast<unsigned long long>(n));
+}
+
 /// What CUDA wants to know of a launch. Points into itself.
 struct Launch {
   cudaLaunchConfig_t config = {};

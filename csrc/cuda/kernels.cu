@@ -13,10 +13,10 @@ static int64_t channel_workspace(DType dtype, ChannelShape s, int parameters) {
 }
 
 const Kernels& kernels() {
-  static const Kernels all = {elementwise_table.forward,  elementwise_table.backward, softmax_forward_table.run,
-                              softmax_backward_table.run, softmax_workspace,          channel_table.forward,
-                              channel_table.backward,     channel_workspace,          maxout_table.forward,
-                              maxout_table.backward};
+  static const Kernels all = {
+      elementwise_table.forward, elementwise_table.backward, softmax_forward_table.run, softmax_backward_table.run,
+      softmax_workspace,         channel_table.forward,      channel_table.backward,    channel_workspace,
+      maxout_table.forward,      maxout_table.backward,      look_table.look,           look_table.look_at_rows};
   return all;
 }
 

@@ -11,6 +11,11 @@ __device__ __forceinline__ double shuffle(double v, int mask) { return __shfl_xo
 __device__ __forceinline__ float shuffle(float v, int mask) { return __shfl_xor_sync(kWholeWarp, v, mask); }
 __device__ __forceinline__ Quick shuffle(Quick v, int mask) { return __shfl_xor_sync(kWholeWarp, v.v, mask); }
 
+__device__ __forceinline__ uint32_t shuffle(uint32_t v, int mask) { return __shfl_xor_sync(kWholeWarp, v, mask); }
+__device__ __forceinline__ uint64_t shuffle(uint64_t v, int mask) {
+  return shuffle(uint32_t(v), mask) | uint64_t(shuffle(uint32_t(v >> 32), mask)) << 32;
+}
+
 struct Sum {
   template <class V>
   __device__ __forceinline__ V operator()(V a, V b) const {

@@ -27,11 +27,17 @@ struct MaxoutTable {
   MaxoutBackward backward[kDTypes];
 };
 
+struct LookTable {
+  LookKernel look[kDTypes];
+  RowLookKernel look_at_rows[kDTypes];
+};
+
 extern const ElementwiseTable elementwise_table;
 extern const SoftmaxTable<SoftmaxForward> softmax_forward_table;
 extern const SoftmaxTable<SoftmaxBackward> softmax_backward_table;
 extern const ChannelTable channel_table;
 extern const MaxoutTable maxout_table;
+extern const LookTable look_table;
 
 }  // namespace cuda
 }  // namespace fastact

@@ -11,6 +11,7 @@
 #include "node_ptr.h"
 #include "rows.h"
 #include "tensor_lane.h"
+#include "watch.h"
 
 namespace fastact {
 namespace {
@@ -187,6 +188,7 @@ struct ForwardNode : torch::autograd::TraceableFunction {
   Call activation;
   bool output_saved = true;
   SavedVariable saved;
+  watch::Layers watched;  // where monitors count the gradients
 
   explicit ForwardNode(const Call& c) : activation(c) {}
   std::string name() const override { return activation.name() + "Backward"; }
@@ -198,6 +200,7 @@ struct ForwardNode : torch::autograd::TraceableFunction {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!grads[0].defined() || !task_should_compute_output(0)) return {Tensor()};
     const Tensor s = output_saved ? saved.unpack(self()) : saved.unpack();
+    const watch::Backward seen(watched);
     if (unseen(grads[0], s)) return {activation.cpu_backward(std::move(grads[0]), s)};
     return {activation.backward(grads[0], s)};
   }
@@ -236,10 +239,12 @@ Tensor forward(const Call& call, const Tensor& x, const Redispatch& redispatch) 
   if (!dual && !torch::autograd::compute_requires_grad(x)) return redispatch();
 
   const auto node = node_for<ForwardNode>(call, x);
+  if (watch::active()) watch::noted();  // those of an earlier call
   const Tensor y = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return redispatch();
   }();
+  if (node && watch::active()) node->watched = watch::noted();
   if (node) torch::autograd::set_history(y, node);
   if (dual) y._set_fw_grad(call.tangent(tangent_of(x), call.saves_input() ? x._fw_primal(0) : y), 0, false);
   if (node) {  // after the tangent is set, which a saved output keeps
@@ -310,6 +315,7 @@ struct InplaceAutograd {
       at::AutoDispatchBelowAutograd guard;
       inplace_op<P...>(row).redispatch(keys & c10::after_autograd_keyset, x, p...);
     }
+    if (node && watch::active()) node->watched = watch::noted();
     if (node) torch::autograd::rebase_history(x, node);
     // The tangent is modified in place too: others may hold it.
     if (tangent.defined())

@@ -7,6 +7,8 @@
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 
+#include <mutex>
+
 #include "channel_ops.h"
 #include "device_ops.h"
 #include "maxout_ops.h"
@@ -69,6 +71,7 @@ void parallel_maxout(const MaxoutShape& s, const F& f) {
 // ---- Kernels ---------------------------------------------------------------------------------------------------------------
 
 struct CPU {
+  static constexpr c10::DeviceType kType = c10::DeviceType::CPU;
   struct Guard {
     explicit Guard(const Tensor&) {}
   };
@@ -162,6 +165,37 @@ struct CPU {
     const uint8_t* which = index.const_data_ptr<uint8_t>();
     void* to = dx.mutable_data_ptr();
     parallel_maxout(shape, [&](int64_t begin, int64_t end) { kernel(from, which, to, shape, begin, end); });
+  }
+
+  /// In pieces that follow from the tensor alone, so that the sums do not depend on the number of threads.
+  static void look(DType dtype, const Tensor& x, const Look& a, Tally* tally, Histogram* histogram, uint8_t* units) {
+    constexpr int64_t kPiece = 1024;
+    const LookKernel kernel = cpu::kernels().look[dtype];
+    const void* from = x.const_data_ptr();
+    const int64_t pieces = (a.runs + kPiece - 1) / kPiece;
+    if (pieces <= 1) return kernel(from, a, 0, a.runs, tally, histogram, units);
+    std::vector<Tally> tallies(pieces);
+    std::mutex mutex;
+    parallel(pieces, 1, [&](int64_t begin, int64_t end) {
+      const auto counts = std::make_unique<Histogram>();
+      std::vector<uint8_t> flags(2 * a.units);
+      for (int64_t k = begin; k < end; ++k)
+        kernel(from, a, k * kPiece, std::min(a.runs, (k + 1) * kPiece), &tallies[k], counts.get(), flags.data());
+      const std::lock_guard<std::mutex> lock(mutex);
+      for (int sign : {0, 1})
+        for (int bin = 0; bin < Histogram::kBins; ++bin) histogram->counts[sign][bin] += counts->counts[sign][bin];
+      for (size_t k = 0; k < flags.size(); ++k) units[k] |= flags[k];
+    });
+    for (const Tally& t : tallies) {
+      tally->count += t.count, tally->zeros += t.zeros, tally->low += t.low, tally->high += t.high;
+      tally->nan += t.nan, tally->infinite += t.infinite;
+      tally->largest = std::max(tally->largest, t.largest), tally->smallest = std::max(tally->smallest, t.smallest);
+      tally->total += t.total, tally->squares += t.squares;
+    }
+  }
+
+  static void look_at_rows(DType dtype, const Tensor& y, const RowLook& a, RowTally* tally) {
+    cpu::kernels().look_at_rows[dtype](y.const_data_ptr(), a, tally);
   }
 
  private:

@@ -39,6 +39,7 @@ cuda::Queue current_queue() {
 void check(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
 
 struct CUDA {
+  static constexpr c10::DeviceType kType = c10::DeviceType::CUDA;
   struct Guard {
     c10::cuda::CUDAGuard guard;
     explicit Guard(const Tensor& x) : guard(x.device()) {}
@@ -113,6 +114,16 @@ struct CUDA {
   static void maxout_backward(DType dtype, const Tensor& dy, const Tensor& index, const Tensor& dx, MaxoutShape shape) {
     check(cuda::kernels().maxout_backward[dtype](dy.const_data_ptr(), index.const_data_ptr<uint8_t>(), dx.mutable_data_ptr(),
                                                  shape, current_queue()));
+  }
+
+  static void look(DType dtype, const Tensor& x, const Look& a, Tally* tally, Histogram* histogram, uint8_t* units) {
+    const Guard guard(x);
+    check(cuda::kernels().look[dtype](x.const_data_ptr(), a, tally, histogram, units, current_queue()));
+  }
+
+  static void look_at_rows(DType dtype, const Tensor& y, const RowLook& a, RowTally* tally) {
+    const Guard guard(y);
+    check(cuda::kernels().look_at_rows[dtype](y.const_data_ptr(), a, tally, current_queue()));
   }
 };
 

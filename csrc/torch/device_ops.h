@@ -1,12 +1,15 @@
 // The ops below autograd, for any device: checks, layout, allocation, registration. A Device says the rest:
 //
 //   struct Device {
+//     constexpr c10::DeviceType kType;
 //     struct Guard;                               made of the input, held while an op runs
 //     Tensor empty_as(const Tensor& x);           uninitialised, with the layout of a dense x
 //     void forward(int row, DType, const Tensor& x, const Tensor& y, const double* parameters);
 //     void backward(int row, DType, const Tensor& dy, const Tensor& saved, const Tensor& dx, const double* parameters);
 //     void softmax(int row, DType, const Tensor& x, const Tensor& y, SoftmaxShape, SoftmaxOptions);
 //     void softmax_backward(int row, DType, const Tensor& dy, const Tensor& y, const Tensor& dx, SoftmaxShape, SoftmaxOptions);
+//     void look(DType, const Tensor& x, const Look&, Tally*, Histogram*, uint8_t* units);
+//     void look_at_rows(DType, const Tensor& y, const RowLook&, RowTally*);
 //   };
 //
 // All are static. The tensors they get are dense and laid out alike; y and dx may be x, dy or the saved tensor. Those of
@@ -19,6 +22,7 @@
 #include <torch/library.h>
 
 #include "rows.h"
+#include "watch.h"
 
 namespace fastact {
 
@@ -98,11 +102,22 @@ struct Binary {
 
 // ---- The ops ---------------------------------------------------------------------------------------------------------------
 
+/// What monitors, if there are any, are told of a row's result.
+inline void report(int row, const double* parameters, const Tensor& y) {
+  if (!watch::active()) return;
+  watch::Kind kind{kRows[row].name, row};
+  std::copy_n(parameters, kRows[row].arity(), kind.parameters);
+  watch::computed(kind, y);
+}
+
 template <class Device>
 Tensor forward(int row, const Tensor& x, const double* parameters) {
   const DType dtype = dtype_of(kRows[row].name, x);
   const typename Device::Guard guard(x);
-  return unary<Device>(x, [&](const Tensor& in, const Tensor& out) { Device::forward(row, dtype, in, out, parameters); });
+  return unary<Device>(x, [&](const Tensor& in, const Tensor& out) {
+    Device::forward(row, dtype, in, out, parameters);
+    report(row, parameters, out);
+  });
 }
 
 template <class Device, class... P>
@@ -129,6 +144,7 @@ struct InplaceKernel {
       Device::forward(row, dtype, t, t, parameters);
       x.copy_(t);
     }
+    report(row, parameters, x);
   }
 };
 
@@ -138,7 +154,10 @@ Tensor backward(int row, const Tensor& dy, const Tensor& saved, const double* pa
   const DType dtype = dtype_of(kRows[row].name, dy);
   const typename Device::Guard guard(dy);
   const Binary<Device> t(dy, saved, gradient);
+  const watch::Layers* const layers = watch::backward_of();
+  watch::look(layers, kGradientIn, t.dy);
   Device::backward(row, dtype, t.dy, t.saved, t.out, parameters);
+  watch::look(layers, kGradientOut, t.out);
   return t.out;
 }
 
@@ -172,6 +191,8 @@ Tensor softmax(int row, const Tensor& x, int64_t dim, const SoftmaxOptions& opti
   const typename Device::Guard guard(x);
   return unary<Device>(x, [&](const Tensor& in, const Tensor& out) {
     if (in.numel() > 0) Device::softmax(row, dtype, in, out, shape_of(in, dim), options);
+    if (watch::active())
+      watch::computed({.name = name, .along_dim = true, .logarithms = kSoftmaxes[row].logarithms, .dim = dim}, out);
   });
 }
 
@@ -185,7 +206,10 @@ Tensor softmax_backward(int row, const Tensor& dy, const Tensor& y, int64_t dim,
   check_options(name, options);
   const typename Device::Guard guard(dy);
   const Binary<Device> t(dy, y, gradient);
+  const watch::Layers* const layers = watch::backward_of();
+  watch::look(layers, kGradientIn, t.dy);
   if (y.numel() > 0) Device::softmax_backward(row, dtype, t.dy, t.saved, t.out, shape_of(t.out, dim), options);
+  watch::look(layers, kGradientOut, t.out);
   return t.out;
 }
 
@@ -231,6 +255,7 @@ struct On {
   using SoftmaxBackward = SoftmaxBackwardKernel<Device, P...>;
 
   static void register_all(torch::Library& m) {
+    watch::give_eyes(Device::kType, watch::kEyes<Device>);
     register_rows<Forward, Inplace, Backward>(m);
     register_softmaxes<SoftmaxForward, SoftmaxBackward>(m);
   }

@@ -23,6 +23,7 @@
 #include "cuda.h"
 #include "pool.h"
 #include "rows.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -374,6 +375,84 @@ size_t parallel_threads() {
   return seen.size();
 }
 
+// ---- Monitors --------------------------------------------------------------------------------------------------------------
+
+/// Where torch.nn's activation of that name and those parameters belongs: to the row it is the twin of, or to none.
+watch::Kind kind_of(const std::string& name, const std::vector<double>& parameters, std::optional<int64_t> dim) {
+  static std::mutex mutex;
+  static std::set<std::string> names;
+  const std::lock_guard<std::mutex> lock(mutex);
+  watch::Kind kind{names.insert(name).first->c_str()};
+  std::copy_n(parameters.begin(), std::min<size_t>(kMaxParameters, parameters.size()), kind.parameters);
+  const int softmax = softmax_named(name);
+  if (dim) {
+    kind.along_dim = true;
+    kind.dim = *dim;
+    kind.logarithms = softmax >= 0 && kSoftmaxes[softmax].logarithms;
+  } else {
+    for (int row = 0; row < kRowCount; ++row)
+      if (name == kRows[row].name && int(parameters.size()) == kRows[row].arity()) kind.row = row;
+  }
+  return kind;
+}
+
+py::object wrap(const Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
+
+py::dict describe(const watch::Layer& l) {
+  py::dict d;
+  d["scope"] = l.scope;
+  d["position"] = l.position;
+  d["kind"] = l.kind.name;
+  std::vector<double> parameters;
+  if (l.kind.row >= 0) parameters.assign(l.kind.parameters, l.kind.parameters + kRows[l.kind.row].arity());
+  d["parameters"] = parameters;
+  d["device"] = l.device.str();
+  d["chunk"] = l.chunk;
+  d["offset"] = l.offset;
+  d["units"] = l.units;
+  d["unit_dim"] = l.unit_dim;
+  d["length"] = l.length;
+  d["levels"] = py::make_tuple(l.levels.low, l.levels.high);
+  d["histograms"] = wrap(l.histograms);
+  return d;
+}
+
+void define_monitor(py::module_& m) {
+  using watch::Layer;
+  using watch::Monitor;
+  py::class_<Layer, std::shared_ptr<Layer>>(m, "Layer").def("look", [](Layer& layer, int side, py::handle x) {
+    watch::look(layer, side, THPVariable_Unpack(x.ptr()));
+  });
+  py::class_<Monitor, std::shared_ptr<Monitor>>(m, "Monitor", "What the kernels count for one monitor of fastact.sight.")
+      .def(py::init<int64_t>(), py::arg("sample"))
+      .def("start", &Monitor::start)
+      .def("close", &Monitor::close)
+      .def("enter", &Monitor::enter)
+      .def("leave", &Monitor::leave)
+      .def("output",
+           [](Monitor& monitor, int64_t scope, int64_t unit_dim, const std::string& name, const std::vector<double>& parameters,
+              std::optional<int64_t> dim, py::handle y) {
+             monitor.know(scope, unit_dim);
+             return monitor.output(scope, kind_of(name, parameters, dim), THPVariable_Unpack(y.ptr()));
+           })
+      .def_property_readonly("gradients", [](const Monitor& monitor) { return monitor.gradients.load(); })
+      .def("layers",
+           [](Monitor& monitor) {
+             const std::lock_guard<std::mutex> lock(monitor.mutex);
+             py::list list;
+             for (const auto& layer : monitor.layers) list.append(describe(*layer));
+             return list;
+           })
+      .def("chunks", [](Monitor& monitor) {
+        const std::lock_guard<std::mutex> lock(monitor.mutex);
+        py::list list;
+        for (const auto& [device, chunks] : monitor.chunks)
+          for (size_t k = 0; k < chunks.size(); ++k)
+            list.append(py::make_tuple(device, k, wrap(chunks[k].bytes.narrow(0, 0, chunks[k].used))));
+        return list;
+      });
+}
+
 }  // namespace
 }  // namespace fastact
 
@@ -393,5 +472,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pool_start", &pool::start);
   m.def("pool_limit", &pool::set_limit, py::call_guard<py::gil_scoped_release>());
   m.def("pool_empty_cache", &pool::empty_cache, py::call_guard<py::gil_scoped_release>());
+  define_monitor(m);
+  m.def("monitors", [] { return watch::monitors.load(); }, "How many are open.");
   m.def("parallel_threads", &parallel_threads, py::call_guard<py::gil_scoped_release>());
 }

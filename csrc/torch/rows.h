@@ -26,8 +26,10 @@ struct SoftmaxRow {
   const char* name;     // op and Python function: "log_softmax"
   const char* functor;  // functor, module and autograd Function: "LogSoftmax"
   bool tempered;        // whether its ops take the members of SoftmaxOptions
+  bool logarithms;      // whether its results are those of probabilities
 };
-#define FASTACT_SOFTMAX_ROW(name, Functor) SoftmaxRow{#name, #Functor, generic::Functor<double>::tempered},
+#define FASTACT_SOFTMAX_ROW(name, Functor) \
+  SoftmaxRow{#name, #Functor, generic::Functor<double>::tempered, !generic::Functor<double>::keeps_terms},
 static constexpr SoftmaxRow kSoftmaxes[] = {FASTACT_SOFTMAXES(FASTACT_SOFTMAX_ROW)};
 #undef FASTACT_SOFTMAX_ROW
 static constexpr int kSoftmaxCount = sizeof(kSoftmaxes) / sizeof(kSoftmaxes[0]);

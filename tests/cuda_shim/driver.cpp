@@ -587,6 +587,63 @@ void check_maxout() {
   printf("maxout: %zu shapes\n", std::size(shapes));
 }
 
+// ---- What a monitor counts -------------------------------------------------------------------------------------------------
+
+bool close(double a, double b, double size) { return fabs(a - b) <= 1e-12 * size; }
+
+template <class T>
+void check_look() {
+  const cuda::Queue queue = kDevices[0].queue;
+  for (int64_t n : {1, 64, 65, 1000, 20001})
+    for (int64_t sample : {0, 64, 700})
+      for (int64_t units : {0, 1, 7, 300})
+        for (int schedule = 0; schedule < shim::kSchedules; ++schedule) {
+          where = "looking at " + std::to_string(n) + " elements, sample " + std::to_string(sample) + ", " +
+                  std::to_string(units) + " units";
+          shim::schedule = shim::Schedule(schedule);
+          Buffer<T> x(size_t(n), schedule % 3);
+          fill_wild(x);
+          for (size_t i = 0; i < x.n; ++i)
+            if (generator() % 2 == 0) x.p[i] = bits_of<T>(i % 3 ? 0.0 : 2.5);
+          Look a = Look::at(n, sample, schedule);
+          a.low = -0.5, a.high = 0.75, a.units = units, a.inner = 1 + schedule;
+          Tally tally = {}, expected = {};
+          const auto histogram = std::make_unique<Histogram>(), expected_histogram = std::make_unique<Histogram>();
+          Buffer<Byte> flags(size_t(2 * units)), expected_flags(size_t(2 * units));
+          memset(flags.p, 0, flags.n);
+          memset(expected_flags.p, 0, flags.n);
+          cpu::kernels().look[T::dtype](x.p, a, 0, a.runs, &expected, expected_histogram.get(), expected_flags.p);
+          expect(cuda::kernels().look[T::dtype](x.p, a, &tally, histogram.get(), flags.p, queue) == 0, "launch");
+          expect(memcmp(&tally, &expected, offsetof(Tally, total)) == 0, "the counts are not the CPU's");
+          expect(memcmp(histogram.get(), expected_histogram.get(), sizeof(Histogram)) == 0, "the histogram is not the CPU's");
+          expect(memcmp(flags.p, expected_flags.p, flags.n) == 0, "the units are not the CPU's");
+          expect(close(tally.squares, expected.squares, expected.squares), "the sum of squares is not the CPU's");
+          expect(close(tally.total, expected.total, double(n) + expected.squares), "the sum is not the CPU's");
+        }
+  const SoftmaxShape shapes[] = {{1, 1, 1}, {70, 5, 1}, {3, 100, 1}, {2, 33, 7}, {1, 2000, 3}};
+  for (const SoftmaxShape& s : shapes)
+    for (const bool logarithms : {false, true}) {
+      where = "looking at rows (" + std::to_string(s.outer) + ", " + std::to_string(s.length) + ", " + std::to_string(s.inner) +
+              ")";
+      Buffer<T> y(size_t(s.outer * s.length * s.inner));
+      for (size_t i = 0; i < y.n; ++i) {
+        const double p = std::uniform_real_distribution<double>()(generator);
+        y.p[i] = bits_of<T>(i % 97 == 0 ? NAN : logarithms ? log(p) : i % 5 ? p : 0);
+      }
+      for (int64_t rows : {s.outer * s.inner, (s.outer * s.inner + 1) / 2}) {
+        const RowLook a{s.length, s.inner, rows, s.outer * s.inner / rows, 3, logarithms, 0.5};
+        RowTally tally = {}, expected = {};
+        cpu::kernels().look_at_rows[T::dtype](y.p, a, &expected);
+        expect(cuda::kernels().look_at_rows[T::dtype](y.p, a, &tally, queue) == 0, "launch");
+        expect(tally.count == expected.count && tally.sure == expected.sure && tally.nan == expected.nan,
+               "the counts are not the CPU's");
+        // Logarithms of float32 with some units in the last place.
+        expect(fabs(tally.entropy - expected.entropy) <= 1e-5 * expected.entropy, "the entropy is not the CPU's");
+      }
+    }
+  printf("looks: as the CPU's\n");
+}
+
 // ---- How many numbers are misrounded ---------------------------------------------------------------------------------------
 
 template <class T>
@@ -629,6 +686,7 @@ int main(int, char** argv) {
     for (const Along& a : all_along()) check_softmax<T>(a);
     check_channels<T>();
     check_maxout<T>();
+    check_look<T>();
   };
   check("float64", Float64());
   check("float32", Float32());

@@ -29,6 +29,14 @@ inline uint32_t pack_bfloat16(float low, float high) { return bfloat16_bits(low)
 inline uint32_t pack_float16(float low, float high) { return float16_bits(low) | float16_bits(high) << 16; }
 inline float unpack_float16(uint16_t bits) { return bit_pattern<_Float16>(bits); }
 
+// One fiber runs at a time.
+template <class T>
+void atomicAdd(T* sum, T n) {
+  *sum += n;
+}
+inline void add_to(uint64_t* sum, uint64_t n) { *sum += n; }
+inline void raise_to(uint64_t* most, uint64_t n) { *most = std::max(*most, n); }
+
 inline int cluster_rank() { return shim::machine.current().block; }
 inline void cluster_barrier() {
   shim::machine.wait(shim::machine.cluster_barrier, int(shim::machine.threads) * shim::machine.cluster());

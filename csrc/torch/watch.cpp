@@ -1,0 +1,229 @@
+// Monitors: which layer a call belongs to, and where its counters are.
+#include "watch.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "device_ops.h"
+
+namespace fastact::watch {
+
+std::atomic<int> monitors{0};
+
+namespace {
+
+constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+// A layer takes at most 64 KiB: its ledger, its histograms, two bytes per unit.
+constexpr int64_t kMostUnits = (65536 - int64_t(sizeof(Ledger)) - kSides * int64_t(sizeof(Histogram))) / 2;
+constexpr int64_t kChunk = 1 << 18;
+
+struct Frame {
+  std::shared_ptr<Monitor> monitor;
+  int64_t scope;
+  int64_t next = 0;
+};
+thread_local std::vector<Frame> frames;
+thread_local Layers last;
+thread_local const Layers* next_backward = nullptr;
+
+const Eyes*& eyes(c10::DeviceType type) {
+  static const Eyes* all[int(c10::DeviceType::COMPILE_TIME_MAX_DEVICE_TYPES)] = {};
+  return all[int(type)];
+}
+
+template <template <class> class Functor>
+Levels levels_of(const double* p) {
+  const Functor<double> f(p);
+  const double infinity = std::numeric_limits<double>::infinity();
+  const auto y = [&](double x) { return f.forward(x); };
+  const auto slope = [&](double x) { return std::abs(f.backward(1.0, Functor<double>::saves_input(p) ? x : y(x))); };
+  const double bottom = y(-infinity), top = y(infinity);
+  if (!std::isfinite(bottom) || !std::isfinite(top) || bottom == top) return {kNone, kNone};
+  double steepest = 0;
+  for (int e = -64; e <= 64; ++e)
+    for (double sign : {-1.0, 1.0})
+      if (slope(sign * std::exp2(e)) > slope(steepest)) steepest = sign * std::exp2(e);
+  const double enough = kSaturated * slope(steepest);
+  const auto end = [&](double sign) {
+    double steep = 0, flat = std::exp2(-64);
+    while (slope(steepest + sign * flat) >= enough && flat < 0x1p64) flat *= 2;
+    for (int step = 0; step < 200; ++step) {
+      const double middle = (steep + flat) / 2;
+      (slope(steepest + sign * middle) >= enough ? steep : flat) = middle;
+    }
+    return y(steepest + sign * flat);
+  };
+  const double before = end(-1), after = end(1);
+  return {std::min(before, after), std::max(before, after)};
+}
+using LevelsOf = Levels (*)(const double*);
+#define FASTACT_LEVELS(name, Functor, ...) levels_of<generic::Functor>,
+constexpr LevelsOf kLevels[] = {FASTACT_ACTIVATIONS(FASTACT_LEVELS)};
+#undef FASTACT_LEVELS
+
+/// Of x, or of a copy of it, dense.
+Tensor to_dense(const Tensor& x) { return dense(x) ? x : copy_as(x, x); }
+
+bool has_eyes(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kDouble:
+    case at::kFloat:
+    case at::kBFloat16:
+    case at::kHalf:
+      return x.layout() == at::kStrided && eyes(x.device().type());
+    default:
+      return false;
+  }
+}
+
+std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, int64_t unit_dim, const Kind& kind,
+                                  const Tensor& y) {
+  const int64_t rank = y.dim();
+  int64_t dim = unit_dim == Scope::kByRank ? (rank > 3 ? 1 : rank - 1) : unit_dim < 0 ? unit_dim + rank : unit_dim;
+  int64_t units = 0 <= dim && dim < rank ? y.size(dim) : 0;
+  if (units > kMostUnits) units = 0;
+  const int64_t bytes = (int64_t(sizeof(Ledger)) + 2 * units + 15) / 16 * 16;
+  std::deque<Chunk>& chunks = m.chunks[y.device().str()];
+  const auto options = at::TensorOptions(y.device());
+  if (chunks.empty() || chunks.back().used + bytes > kChunk) chunks.push_back({at::zeros({kChunk}, options.dtype(at::kByte))});
+  Chunk& chunk = chunks.back();
+  const Tensor place = chunk.bytes.narrow(0, chunk.used, bytes);
+  auto layer = std::shared_ptr<Layer>(new Layer{
+      .scope = scope,
+      .position = position,
+      .kind = kind,
+      .device = y.device(),
+      .chunk = int64_t(chunks.size()) - 1,
+      .offset = chunk.used,
+      .units = units,
+      .unit_dim = units > 0 ? dim : -1,
+      .levels = kind.row < 0 ? Levels{kNone, kNone} : levels(kind.row, kind.parameters),
+      .ledger = place,
+      .histograms = at::zeros({kSides, 2, Histogram::kBins}, options.dtype(at::kInt)),
+      .flags = place.narrow(0, int64_t(sizeof(Ledger)), 2 * units),
+      .sample = m.sample,
+      .monitor = m.weak_from_this(),
+  });
+  chunk.used += bytes;
+  m.layers.push_back(layer);
+  return layer;
+}
+
+std::shared_ptr<Layer> layer_at(Monitor& m, int64_t scope, int64_t position, const Kind& kind, const Tensor& y) {
+  const std::lock_guard<std::mutex> lock(m.mutex);
+  Scope& s = m.scopes[scope];
+  if (int64_t(s.layers.size()) <= position) s.layers.resize(size_t(position) + 1);
+  std::shared_ptr<Layer>& layer = s.layers[size_t(position)];
+  if (!layer || layer->device != y.device() || strcmp(layer->kind.name, kind.name) != 0)
+    layer = make_layer(m, scope, position, s.unit_dim, kind, y);
+  return layer;
+}
+
+void look_at_output(Layer& layer, const Kind& kind, const Tensor& y) {
+  look(layer, kOutput, y);
+  if (!kind.along_dim || y.numel() == 0) return;
+  const Tensor x = to_dense(y);
+  const SoftmaxShape shape = shape_of(x, at::maybe_wrap_dim(kind.dim, x.dim()));
+  const int64_t rows = shape.outer * shape.inner;
+  int64_t looked = rows;
+  if (layer.sample > 0 && layer.sample < x.numel()) looked = std::max<int64_t>(1, layer.sample / shape.length);
+  const std::lock_guard<std::mutex> lock(layer.mutex);
+  layer.length = shape.length;
+  const RowLook a{shape.length,
+                  shape.inner,
+                  looked,
+                  rows / looked,
+                  layer.row_calls++,
+                  kind.logarithms,
+                  shape.length > 1 ? 1 / std::log(double(shape.length)) : 0};
+  eyes(x.device().type())
+      ->look_at_rows(dtype_of("monitor", x), x, a, &reinterpret_cast<Ledger*>(layer.ledger.mutable_data_ptr())->rows);
+}
+
+}  // namespace
+
+void give_eyes(c10::DeviceType type, const Eyes& of_device) { eyes(type) = &of_device; }
+
+Levels levels(int row, const double* parameters) { return kLevels[row](parameters); }
+
+void Monitor::start() {
+  if (!open.exchange(true)) ++monitors;
+}
+
+void Monitor::close() {
+  if (open.exchange(false)) --monitors;
+}
+
+void Monitor::know(int64_t scope, int64_t unit_dim) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  scopes.try_emplace(scope, Scope{unit_dim});
+}
+
+void Monitor::enter(int64_t scope, int64_t unit_dim) {
+  know(scope, unit_dim);
+  frames.push_back({shared_from_this(), scope});
+}
+
+int64_t Monitor::leave(int64_t scope) {
+  for (size_t k = frames.size(); k-- > 0;)
+    if (frames[k].monitor.get() == this && frames[k].scope == scope) {
+      const int64_t calls = frames[k].next;
+      // Frames of this monitor above it belong to modules that an exception has left.
+      for (size_t above = frames.size(); above-- > k;)
+        if (frames[above].monitor.get() == this) frames.erase(frames.begin() + int64_t(above));
+      return calls;
+    }
+  return -1;
+}
+
+std::shared_ptr<Layer> Monitor::output(int64_t scope, const Kind& kind, const Tensor& y) {
+  if (!open || !has_eyes(y)) return nullptr;
+  const auto layer = layer_at(*this, scope, 0, kind, y);
+  look_at_output(*layer, kind, y);
+  return layer;
+}
+
+void computed(const Kind& kind, const Tensor& y) {
+  last.clear();
+  for (size_t k = frames.size(); k-- > 0;) {
+    Frame& frame = frames[k];
+    bool inner = false;  // whether a frame above belongs to the same monitor
+    for (size_t above = k + 1; above < frames.size(); ++above) inner = inner || frames[above].monitor == frame.monitor;
+    if (inner || !frame.monitor->open) continue;
+    const auto layer = layer_at(*frame.monitor, frame.scope, frame.next++, kind, y);
+    look_at_output(*layer, kind, y);
+    last.push_back(layer);
+  }
+}
+
+Layers noted() { return std::exchange(last, {}); }
+
+void look(Layer& layer, int side, const Tensor& given) {
+  const std::shared_ptr<Monitor> monitor = layer.monitor.lock();
+  if (!monitor || !monitor->open) return;
+  if (side != kOutput) ++monitor->gradients;
+  if (given.numel() == 0 || given.device() != layer.device || !has_eyes(given)) return;
+  const Tensor x = to_dense(given);
+  const std::lock_guard<std::mutex> lock(layer.mutex);
+  Look a = Look::at(x.numel(), layer.sample, layer.calls[side]++);
+  a.low = side == kOutput ? layer.levels.low : kNone;
+  a.high = side == kOutput ? layer.levels.high : kNone;
+  const bool units = side == kOutput && layer.units > 0 && layer.unit_dim < x.dim() && x.size(layer.unit_dim) == layer.units;
+  a.units = units ? layer.units : 0;
+  a.inner = units ? (layer.units == 1 ? x.numel() : x.stride(layer.unit_dim)) : 1;
+  auto* const ledger = reinterpret_cast<Ledger*>(layer.ledger.mutable_data_ptr());
+  auto* const histograms = reinterpret_cast<Histogram*>(layer.histograms.mutable_data_ptr());
+  auto* const flags = static_cast<uint8_t*>(layer.flags.mutable_data_ptr());
+  eyes(x.device().type())->look(dtype_of("monitor", x), x, a, &ledger->sides[side], &histograms[side], flags);
+}
+
+Backward::Backward(const Layers& layers) { next_backward = layers.empty() || !active() ? nullptr : &layers; }
+Backward::~Backward() { next_backward = nullptr; }
+
+const Layers* backward_of() { return active() ? std::exchange(next_backward, nullptr) : nullptr; }
+
+}  // namespace fastact::watch

@@ -1,0 +1,130 @@
+// What open monitors see of the activations: ops report what they have computed, and the layers that it belongs to are looked
+// at. Python says which module is at work (module.cpp, fastact/sight/monitor.py).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <atomic>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "../kernels.h"
+
+namespace fastact::watch {
+
+using at::Tensor;
+
+/// How many monitors are open. Where there is none, that is all an op asks.
+extern std::atomic<int> monitors;
+inline bool active() { return monitors.load(std::memory_order_relaxed) > 0; }
+
+/// How a device looks at dense tensors; asynchronous on CUDA.
+struct Eyes {
+  void (*look)(DType, const Tensor& x, const Look&, Tally*, Histogram*, uint8_t* units);
+  void (*look_at_rows)(DType, const Tensor& y, const RowLook&, RowTally*);
+};
+template <class Device>
+constexpr Eyes kEyes{Device::look, Device::look_at_rows};
+
+/// Of tensors on that kind of device; registered by the file of its kernels.
+void give_eyes(c10::DeviceType, const Eyes&);
+
+/// An activation with its parameters. `row`: of activations.h; -1 for those of softmax.h, and for what has no row.
+struct Kind {
+  const char* name;
+  int row = -1;
+  double parameters[kMaxParameters] = {};
+  bool along_dim = false, logarithms = false;
+  int64_t dim = 0;
+};
+
+/// From which outputs on a squashing function is saturated: where its derivative is below kSaturated of its largest. NaN, both,
+/// for a function that is not bounded on both sides.
+struct Levels {
+  double low, high;
+};
+constexpr double kSaturated = 1 - 0.97 * 0.97;  // |tanh x| > 0.97
+Levels levels(int row, const double* parameters);
+
+/// Device memory for the ledgers and the unit flags of many layers, so that one copy takes all of them to the host.
+struct Chunk {
+  Tensor bytes;
+  int64_t used = 0;
+};
+
+struct Monitor;
+
+/// The counters of one activation on one device.
+struct Layer {
+  int64_t scope, position;  // which module called it, and as which of its calls of activations
+  Kind kind;
+  c10::Device device;
+  int64_t chunk, offset;    // where its ledger is, followed by its unit flags
+  int64_t units, unit_dim;  // as Look has them; the dim of the first output
+  int64_t length = 0;       // of a softmax: of the last rows
+  Levels levels;
+  Tensor ledger, histograms, flags;  // views of the chunk, and kSides histograms
+  int64_t calls[kSides] = {}, row_calls = 0;
+  int64_t sample;
+  std::weak_ptr<Monitor> monitor;
+  std::mutex mutex;
+};
+using Layers = std::vector<std::shared_ptr<Layer>>;
+
+/// What lies below one module: its layers in the order of their calls.
+struct Scope {
+  int64_t unit_dim;  // kByRank: the last one of up to three dims, else the second
+  std::vector<std::shared_ptr<Layer>> layers;
+  static constexpr int64_t kByRank = INT64_MIN;
+};
+
+struct Monitor : std::enable_shared_from_this<Monitor> {
+  int64_t sample;  // at most so many elements of a tensor; 0: all
+  std::atomic<bool> open = false;
+  std::map<int64_t, Scope> scopes;
+  std::vector<std::shared_ptr<Layer>> layers;  // in the order of their first calls
+  std::map<std::string, std::deque<Chunk>> chunks;  // by device
+  std::mutex mutex;
+
+  std::atomic<int64_t> gradients{0};  // looked at
+
+  explicit Monitor(int64_t sample_) : sample(sample_) {}
+  ~Monitor() { close(); }
+  void start();
+  void close();
+  /// What its calls have as their unit dimension.
+  void know(int64_t scope, int64_t unit_dim);
+  /// From now on, in this thread, calls of activations belong to that scope; until it is left.
+  void enter(int64_t scope, int64_t unit_dim);
+  /// How many calls of ours there were; -1 where it was not entered.
+  int64_t leave(int64_t scope);
+  /// For an output that no op of ours has computed.
+  std::shared_ptr<Layer> output(int64_t scope, const Kind& kind, const Tensor& y);
+};
+
+/// An op of ours has computed y, a dense tensor.
+void computed(const Kind& kind, const Tensor& y);
+/// Those that the last computed() of this thread has looked at, once.
+Layers noted();
+
+/// Looks at one side of a layer; x may have any layout.
+void look(Layer& layer, int side, const Tensor& x);
+
+/// While it lives, the next backward op of this thread belongs to these layers.
+struct Backward {
+  explicit Backward(const Layers& layers);
+  ~Backward();
+};
+/// Those layers, once; null where nobody watches.
+const Layers* backward_of();
+
+inline void look(const Layers* layers, int side, const Tensor& x) {
+  if (layers)
+    for (const auto& layer : *layers) look(*layer, side, x);
+}
+
+}  // namespace fastact::watch

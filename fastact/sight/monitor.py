@@ -1,0 +1,539 @@
+"""`fastact.monitor`: counts made by the kernels while a model runs, without a synchronisation in the step.
+
+The kernels of fastact's activations look at their own results (csrc/torch/watch.h); what other activation modules compute is
+looked at by the same kernels, called from hooks. The counters of all layers lie together on each device, and go to the host
+once a step, asynchronously. docs/sight.md says what they mean.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fastact import _C, _registry, modules
+from fastact.sight.history import BINS, History, Layer, Rows, Side, Units
+from fastact.sight.report import Report
+
+SAMPLE = 4096
+PENDING = 64  # steps whose counters may wait on the host, as they came, before they are taken in
+_BY_RANK = -(2**63)
+
+_OURS: tuple[type[nn.Module], ...] = tuple(getattr(modules, name) for name in modules.__all__)
+_TORCHS = tuple({getattr(nn, name) for name in nn.modules.activation.__all__} - {nn.MultiheadAttention})
+# Modules after which the second dim is that of the channels, whatever the rank.
+_CHANNELS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+
+# What the ledger of a layer consists of: csrc/kernels.h.
+_TALLY = ("count", "zeros", "low", "high", "nan", "infinite", "largest", "smallest", "total", "squares")
+_WHOLE = len(_TALLY) - 2  # of them unsigned integers, the rest float64
+_WORDS = 3 * len(_TALLY) + 4
+
+
+def monitor(
+    model: nn.Module,
+    every: int = 1,
+    *,
+    sample: int | None = SAMPLE,
+    unit_dim: int | Mapping[str, int] | None = None,
+    loss: str | nn.Module | None = None,
+) -> Watch:
+    """Watches the activations of a model at work: `with fastact.monitor(model) as watch:` around a training loop, then
+    `print(watch.report())`; or `watch = fastact.monitor(model)` and at the end `watch.close()`.
+
+    A step ends with the `step()` of an optimizer that holds parameters of the model; without an optimizer, where the model is
+    called again after a backward pass; in evaluation mode every call is a step; and `watch.step()` ends one. One of `every`
+    steps is recorded. Of a tensor with more than `sample` elements about so many are looked at, in runs of 64 neighbours
+    spread evenly over it, other ones at every call; with `sample=None` all are, and all counts are exact.
+
+    Units, of which the dead ones are counted, lie along `unit_dim`: an int for all activations, or one by path; by default the
+    second dim behind convolutions and normalisations over channels and of tensors with more than three dims, else the last.
+    `loss`: the loss module, or its class name, which some verdicts depend on.
+
+    Neither outputs nor gradients are changed, and nothing of the model is but its hooks, which `close()` removes.
+    """
+    return Watch(model, every, sample, unit_dim, loss)
+
+
+class _Place(NamedTuple):
+    """Where in a model an activation can be called."""
+
+    path: str
+    shared: list[str]  # other paths of the same module
+    activation: bool  # whether the module is one; else functions are called in it
+    ours: bool
+
+
+def _ignored(*_: Any) -> None:
+    """What a monitor's hook is in a copy of the model, and in a file."""
+
+
+class _Hook:
+    """Holds a monitor weakly; copies and pickles as nothing."""
+
+    def __init__(self, watch: Watch, call: Callable[..., None], *arguments: Any) -> None:
+        self._watch, self._call, self._arguments = weakref.ref(watch), call, arguments
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        if torch.compiler.is_compiling():
+            return
+        watch = self._watch()
+        if watch is not None:
+            self._call(watch, module, output, *self._arguments)
+
+    def __reduce__(self) -> Any:
+        return "_ignored"
+
+
+class Watch:
+    """What `fastact.monitor` returns."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int,
+        sample: int | None,
+        unit_dim: int | Mapping[str, int] | None,
+        loss: str | nn.Module | None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"monitor(): argument 'model' must be a torch.nn.Module, not {type(model).__name__}")
+        for name, number in (("every", every), ("sample", sample)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+                raise TypeError(f"monitor(): argument '{name}' must be int, not {type(number).__name__}")
+            if number is not None and number < 1:
+                raise ValueError(f"monitor(): {name} must be positive, but is {number}")
+        self.every, self.sample = every, sample
+        self._loss = type(loss).__name__ if isinstance(loss, nn.Module) else loss
+        self._distributed = _distributed(model)
+        self._compiled = any(_compiled(m) for m in model.modules())
+        model = _unwrapped(model)
+        self._model = weakref.ref(model)
+        self._core = _C.Monitor(sample or 0)
+        self._places: list[_Place] = []
+        self._handles: list[Any] = []
+        self._done: list[_Step] = []
+        self._pending: list[_Copies] = []
+        self._step = 0
+        self._running = False  # whether the model was called since the last step ended
+        self._training = model.training
+        self._optimized = False  # whether an optimizer of the model was seen to step
+        self._gradients = 0  # how many the kernels had looked at when the step began
+        self._history: History | None = None
+        self._recording = True
+        self._core.start()
+        self._hook(model, unit_dim)
+
+    # ---- Hooks -----------------------------------------------------------------------------------------------------------
+
+    def _hook(self, model: nn.Module, unit_dim: int | Mapping[str, int] | None) -> None:
+        paths: dict[nn.Module, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            paths.setdefault(module, []).append(path)
+        if isinstance(unit_dim, Mapping) and (wrong := set(unit_dim) - {p for names in paths.values() for p in names}):
+            raise ValueError(f"monitor(): unit_dim names no module of the model: {sorted(wrong)}")
+        self._handles.append(model.register_forward_pre_hook(_Hook(self, Watch._called)))
+        before: nn.Module | None = None
+        for module, (path, *shared) in paths.items():
+            ours, torchs = isinstance(module, _OURS), type(module) in _TORCHS
+            leaf = next(module.children(), None) is None
+            if ours or torchs or not type(module).__module__.startswith("torch."):
+                scope = len(self._places)
+                self._places.append(_Place(path, shared, ours or torchs, ours))
+                if isinstance(unit_dim, Mapping):
+                    dim = unit_dim.get(path, _BY_RANK)
+                else:
+                    dim = unit_dim if unit_dim is not None else 1 if isinstance(before, _CHANNELS) else _BY_RANK
+                enter, leave = _Hook(self, Watch._enter, scope, dim), _Hook(self, Watch._leave, scope, dim)
+                self._handles.append(module.register_forward_pre_hook(enter))
+                self._handles.append(module.register_forward_hook(leave, always_call=True))
+            if leaf:
+                before = module
+
+        mine = weakref.ref(self)
+
+        def stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            watch = mine()
+            if watch is not None:
+                watch._optimizer_stepped(optimizer)
+
+        self._handles.append(register_optimizer_step_post_hook(stepped))
+
+    def _called(self, module: nn.Module, output: Any) -> None:
+        if self._running:
+            backward = self._core.gradients != self._gradients
+            ends = module.training != self._training or not module.training or (backward and not self._optimized)
+            if ends:
+                self.step()
+        self._training, self._running = module.training, True
+
+    def _enter(self, module: nn.Module, output: Any, scope: int, unit_dim: int) -> None:
+        self._running = True
+        if self._recording:
+            self._core.enter(scope, unit_dim)
+
+    def _leave(self, module: nn.Module, output: Any, scope: int, unit_dim: int) -> None:
+        if not self._recording:
+            return
+        counted = self._core.leave(scope)
+        if counted != 0 or not self._places[scope].activation or type(output) not in (Tensor, nn.Parameter):
+            return
+        name, parameters, dim = _kind(module, output)
+        layer = self._core.output(scope, unit_dim, name, parameters, dim, output.detach())
+        if layer is None or output.grad_fn is None:
+            return
+
+        def passed(gradients_out: tuple[Tensor | None, ...], gradients_in: tuple[Tensor | None, ...]) -> None:
+            for side, gradients in ((1, gradients_in), (2, gradients_out)):
+                if gradients and gradients[0] is not None:
+                    layer.look(side, gradients[0].detach())
+
+        output.grad_fn.register_hook(passed)
+
+    def _optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        model = self._model()
+        if model is None or not self._running:
+            return
+        own = {id(p) for p in model.parameters()}
+        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            self._optimized = True
+            self.step()
+
+    # ---- Steps -----------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Ends a step: what comes after it belongs to the next one."""
+        if self._history is not None or not self._running:
+            return
+        if self._recording:
+            self._pending.append(_Copies.of(self._step, self._training, self._core))
+            if len(self._pending) >= PENDING:
+                self._take_in(wait=False)
+        self._step += 1
+        self._running, self._gradients = False, self._core.gradients
+        self._recording = self._step % self.every == 0
+
+    def _take_in(self, wait: bool) -> None:
+        layers = None
+        while self._pending and (wait or len(self._pending) >= 4 * PENDING or self._pending[0].ready()):
+            layers = layers or self._core.layers()
+            self._done.append(self._pending.pop(0).taken_in(layers))
+
+    # ---- What was seen -----------------------------------------------------------------------------------------------------
+
+    def history(self) -> History:
+        """The numbers behind the report, as `fastact.sight.history` describes them. Ends a step that has begun."""
+        if self._history is not None:
+            return self._history
+        self.step()
+        self._take_in(wait=True)
+        layers = self._core.layers()
+        names = _names(layers, self._places)
+        seen = {layer["scope"] for layer in layers}
+        why = "runs in code that torch.compile made" if self._compiled else "was never called"
+        return History(
+            layers=[
+                _layer(index, layer, name, self._places[layer["scope"]], self._done)
+                for index, (layer, name) in enumerate(zip(layers, names, strict=True))
+            ],
+            unseen=[(p.path, why) for scope, p in enumerate(self._places) if p.activation and scope not in seen],
+            every=self.every,
+            sample=self.sample,
+            environment={"torch": torch.__version__, "devices": sorted({layer["device"] for layer in layers})},
+            loss=self._loss,
+        )
+
+    def report(self, targets: Any = None) -> Report:
+        """Figures and verdicts so far: `print(watch.report())`. `targets`: what the loss compares the model's output with."""
+        return Report(self.history(), targets)
+
+    # ---- The end -----------------------------------------------------------------------------------------------------------
+
+    def close(self, *, combine: bool = True) -> None:
+        """Removes the hooks and frees the counters; the report stays. Under DistributedDataParallel and FSDP the counts of all
+        ranks are added up here, so that all have to call it, unless `combine` is false.
+        """
+        if self._history is not None:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._core.close()
+        history = self.history()
+        if combine and self._distributed and torch.distributed.is_initialized():
+            everybody: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everybody, history)
+            history = _added_up(everybody)
+        self._history, self._core, self._done, self._pending = history, None, [], []
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
+        # After an exception the other ranks may never come.
+        self.close(combine=kind is None)
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_handles", ()):
+            handle.remove()
+        if (core := getattr(self, "_core", None)) is not None:
+            core.close()
+
+
+# ---- Models --------------------------------------------------------------------------------------------------------------
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What DistributedDataParallel, DataParallel and torch.compile were given."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def _compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _distributed(model: nn.Module) -> bool:
+    return isinstance(model, nn.parallel.DistributedDataParallel) or any(
+        type(p.data).__name__ == "DTensor" for p in model.parameters()
+    )
+
+
+_ROWS = {row.class_name: row for row in _registry.rows.values()}
+
+
+def _kind(module: nn.Module, y: Tensor) -> tuple[str, list[float], int | None]:
+    """Name of the activation of a module that no kernel of ours reports, parameters and dim as far as a row has them."""
+    name = type(module).__name__
+    row = _ROWS.get(name)
+    if row is None:
+        return name.lower(), [], None
+    if row.along_dim:
+        dim: int | None = getattr(module, "dim", None)
+        return row.name, [], dim if dim is not None else 0 if y.dim() in (0, 1, 3) else 1
+    parameters = [getattr(module, parameter, default) for parameter, default in row.parameters.items()]
+    if any(isinstance(p, Tensor) for p in parameters):  # one per channel
+        return row.name, [], None
+    return row.name, [float(p) for p in parameters], None
+
+
+# ---- Counters ------------------------------------------------------------------------------------------------------------
+
+
+class _Step(NamedTuple):
+    """The counters of a recorded step on the host."""
+
+    number: int
+    training: bool
+    ledgers: NDArray[np.uint64]  # [layers so far, _WORDS]
+    flags: list[tuple[NDArray[np.uint8], NDArray[np.uint8]] | None]  # of each layer: units looked at, units active; packed bits
+
+
+class _Copies(NamedTuple):
+    """The counters of a step on their way to the host."""
+
+    number: int
+    training: bool
+    chunks: dict[tuple[str, int], Tensor]
+    events: list[Any]
+
+    @staticmethod
+    def of(number: int, training: bool, core: Any) -> _Copies:
+        chunks, events = {}, []
+        with torch.no_grad():
+            for device, index, counters in core.chunks():
+                pinned = counters.is_cuda
+                copy = torch.empty(counters.shape, dtype=counters.dtype, device="cpu", pin_memory=pinned)
+                copy.copy_(counters, non_blocking=True)
+                counters.zero_()
+                chunks[device, index] = copy
+                if pinned:
+                    with torch.cuda.device(counters.device):
+                        events.append(torch.cuda.Event())
+                        events[-1].record()
+        return _Copies(number, training, chunks, events)
+
+    def ready(self) -> bool:
+        return all(event.query() for event in self.events)
+
+    def taken_in(self, layers: list[dict[str, Any]]) -> _Step:
+        for event in self.events:
+            event.synchronize()
+        arrays = {key: copy.numpy() for key, copy in self.chunks.items()}
+        ledgers = np.zeros((len(layers), _WORDS), np.uint64)
+        flags: list[tuple[NDArray[np.uint8], NDArray[np.uint8]] | None] = []
+        for index, layer in enumerate(layers):
+            array = arrays.get((layer["device"], layer["chunk"]))
+            at, units = layer["offset"], layer["units"]
+            if array is None or at >= len(array):  # first called after this step
+                flags.append(None)
+                continue
+            ledgers[index] = array[at : at + 8 * _WORDS].view(np.uint64)
+            at += 8 * _WORDS
+            flags.append((np.packbits(array[at : at + units]), np.packbits(array[at + units : at + 2 * units])))
+        return _Step(self.number, self.training, ledgers, flags)
+
+
+def _names(layers: list[dict[str, Any]], places: list[_Place]) -> list[str]:
+    """Of a module its path; of a function called in one, path/kind, from the second call on with its number."""
+    names: list[str] = []
+    for layer in layers:
+        place = places[layer["scope"]]
+        if place.activation:
+            name = place.path or layer["kind"]
+        else:
+            name = f"{place.path}/{layer['kind']}" if place.path else layer["kind"]
+        number = 1 + sum(1 for other in names if other.split("#")[0] == name)
+        names.append(name if number == 1 else f"{name}#{number}")
+    return names
+
+
+def _unkeyed(keys: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """The numbers of keys (csrc/look.h), -inf for none."""
+    top = np.uint64(1 << 63)
+    values = np.where(keys & top, keys ^ top, ~keys).astype(np.uint64).view(np.float64)
+    return np.where(keys == 0, -math.inf, values)
+
+
+def _side(ledgers: NDArray[np.uint64], side: int, histogram: NDArray[np.int64]) -> Side:
+    words = ledgers[:, side * len(_TALLY) : (side + 1) * len(_TALLY)]
+    whole = dict(zip(_TALLY[:_WHOLE], words[:, :_WHOLE].T, strict=True))
+    sums = np.ascontiguousarray(words[:, _WHOLE:]).view(np.float64)
+    return Side(
+        count=whole["count"].astype(np.float64),
+        total=sums[:, 0],
+        squares=sums[:, 1],
+        minimum=-_unkeyed(whole["smallest"]),
+        maximum=_unkeyed(whole["largest"]),
+        zeros=whole["zeros"].astype(np.float64),
+        low=whole["low"].astype(np.float64),
+        high=whole["high"].astype(np.float64),
+        nan=whole["nan"].astype(np.float64),
+        infinite=whole["infinite"].astype(np.float64),
+        histogram=histogram,
+    )
+
+
+def _bounds(kind: str, parameters: list[float]) -> tuple[float, float]:
+    """Of the outputs: at the ends and at magnitudes between them."""
+    row = _registry.rows.get(kind.removeprefix("precise_"))
+    if row is None or (row.parameters and not row.along_dim and not parameters):
+        return -math.inf, math.inf
+    if row.along_dim:
+        return (0.0, 1.0) if kind == "softmax" else (-math.inf, 0.0)
+    magnitudes = torch.tensor([0.0, *(2.0 ** (k / 8) for k in range(-80, 81)), math.inf], dtype=torch.float64)
+    y = row.reference(torch.cat([-magnitudes, magnitudes]), *parameters)
+    y = y[~y.isnan()]
+    return float(y.min()), float(y.max())
+
+
+def _layer(index: int, found: dict[str, Any], name: str, place: _Place, steps: list[_Step]) -> Layer:
+    seen = [s for s in steps if index < len(s.ledgers) and s.ledgers[index, [0, len(_TALLY), 2 * len(_TALLY)]].any()]
+    ledgers = np.stack([s.ledgers[index] for s in seen]) if seen else np.zeros((0, _WORDS), np.uint64)
+    histograms = found["histograms"].cpu().numpy().view(np.uint32).astype(np.int64).reshape(3, 2, BINS)
+    low, _ = found["levels"]
+    kind, units = found["kind"], found["units"]
+    row = _registry.rows.get(kind.removeprefix("precise_"))
+    names = list(row.parameters) if row is not None and not row.along_dim else []
+    rows = None
+    if found["length"]:
+        words = ledgers[:, 3 * len(_TALLY) :]
+        rows = Rows(
+            count=words[:, 0].astype(np.float64),
+            sure=words[:, 1].astype(np.float64),
+            nan=words[:, 2].astype(np.float64),
+            entropy=np.ascontiguousarray(words[:, 3:]).view(np.float64)[:, 0],
+        )
+
+    def unpacked(which: int) -> NDArray[np.bool_]:
+        bits = [np.unpackbits(s.flags[index][which], count=units) for s in seen]  # type: ignore[index]
+        return np.stack(bits).astype(np.bool_) if bits else np.zeros((0, units), np.bool_)
+
+    return Layer(
+        name=name,
+        kind=kind.removeprefix("precise_"),
+        parameters=dict(zip(names, found["parameters"], strict=False)),
+        source="fastact" if place.ours or not place.activation else "torch.nn",
+        squashing=not math.isnan(low),
+        bounds=_bounds(kind, found["parameters"]),
+        length=found["length"] or None,
+        steps=np.array([s.number for s in seen], np.int64),
+        training=np.array([s.training for s in seen], np.bool_),
+        output=_side(ledgers, 0, histograms[0]),
+        gradient_in=_side(ledgers, 1, histograms[1]),
+        gradient_out=_side(ledgers, 2, histograms[2]),
+        rows=rows,
+        units=Units(seen=unpacked(0), active=unpacked(1)) if units else None,
+        unit_dim=found["unit_dim"] if units else None,
+        shared=place.shared,
+    )
+
+
+# ---- Several processes ---------------------------------------------------------------------------------------------------
+
+
+def _added_up(histories: list[History]) -> History:
+    """Of all ranks: layers by name, steps by number."""
+    first = histories[0]
+    layers: dict[str, list[Layer]] = {}
+    for history in histories:
+        for layer in history.layers:
+            layers.setdefault(layer.name, []).append(layer)
+    return History(
+        layers=[_sum_of(parts) for parts in layers.values()],
+        unseen=[entry for entry in first.unseen if all(entry in h.unseen for h in histories)],
+        every=first.every,
+        sample=first.sample,
+        ranks=len(histories),
+        environment=first.environment,
+        loss=first.loss,
+    )
+
+
+_COMBINED = {"minimum": np.minimum, "maximum": np.maximum, "seen": np.logical_or, "active": np.logical_or}
+
+
+def _sum_of(parts: list[Layer]) -> Layer:
+    steps = np.unique(np.concatenate([p.steps for p in parts]))
+    places = [np.searchsorted(steps, p.steps) for p in parts]
+
+    def rows_of(values: list[Any], name: str) -> Any:
+        combine = _COMBINED.get(name, np.add)
+        start = {"minimum": math.inf, "maximum": -math.inf}.get(name, 0)
+        total = np.full((len(steps), *values[0].shape[1:]), start, values[0].dtype)
+        for at, value in zip(places, values, strict=True):
+            total[at] = combine(total[at], value)
+        return total
+
+    def fields(values: list[Any]) -> dict[str, Any]:
+        return {
+            name: sum(v.histogram for v in values) if name == "histogram" else rows_of([getattr(v, name) for v in values], name)
+            for name in vars(values[0])
+        }
+
+    first = parts[0]
+    same_units = first.units is not None and all(p.units and p.units.seen.shape[1] == first.units.seen.shape[1] for p in parts)
+    return Layer(
+        **{
+            **vars(first),
+            "steps": steps,
+            "training": rows_of([p.training for p in parts], "seen"),
+            **{side: Side(**fields([getattr(p, side) for p in parts])) for side in ("output", "gradient_in", "gradient_out")},
+            "rows": Rows(**fields([p.rows for p in parts])) if all(p.rows for p in parts) else None,
+            "units": Units(**fields([p.units for p in parts])) if same_units else None,
+        }
+    )
+

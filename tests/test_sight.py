@@ -1,0 +1,607 @@
+"""What a monitor counts, held against NumPy on the tensors themselves; steps, names, and what is left behind."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ALONG_DIM, DEVICE, DTYPES, ELEMENTWISE, THREAD_COUNTS, module_class, parameter_sets
+from test_sight_report import counters
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastact
+from fastact import _C, _registry, modules
+from fastact._registry import Row
+from fastact.sight.history import History, Layer, Side
+
+RUN = 64  # neighbours that are looked at together
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 4.0, -8.0, math.inf, -math.inf, math.nan, 1e-30, 3e4, -3e4]
+
+
+def numbers(t: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return t.detach().cpu().double().numpy()
+
+
+def in_memory_order(t: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    order = sorted(range(t.dim()), key=lambda d: (-t.stride(d), -t.size(d)))
+    return numbers(t.permute(order)).reshape(-1)
+
+
+def levels(name: str, parameters: tuple[float, ...]) -> tuple[float, float] | None:
+    """Where a squashing function is saturated, from its formula: a derivative of 1 - 0.97^2 of its largest."""
+    share = (1 - 0.97) / 2  # of the logistic curve: 4 s (1 - s) = 1 - 0.97^2
+    if name == "sigmoid":
+        return share, 1 - share
+    if name == "tanh":
+        return -0.97, 0.97
+    if name == "hardsigmoid":
+        return 0.0, 1.0
+    if name == "scaled_sigmoid" and parameters[0] != 0 and parameters[1] != 0:
+        low, high = sorted((parameters[0] * share, parameters[0] * (1 - share)))
+        return low, high
+    return None
+
+
+def check_side(what: str, found: Side, step: int, values: Any, ends: tuple[float, float] | None = None) -> None:
+    finite = values[np.isfinite(values)]
+    exact = {
+        "count": values.size,
+        "zeros": (values == 0).sum(),
+        "nan": np.isnan(values).sum(),
+        "infinite": np.isinf(values).sum(),
+        "minimum": finite.min(initial=np.inf),
+        "maximum": finite.max(initial=-np.inf),
+        "low": (values <= ends[0]).sum() if ends else 0,
+        "high": (values >= ends[1]).sum() if ends else 0,
+    }
+    for name, expected in exact.items():
+        assert getattr(found, name)[step] == expected, f"{what}: {name}"
+    # Sums of doubles, each rounded once.
+    for name, terms in (("total", finite), ("squares", finite * finite)):
+        assert abs(getattr(found, name)[step] - terms.sum()) <= 1e-12 * np.abs(terms).sum(), f"{what}: {name}"
+
+
+def watched(model: nn.Module, *calls: Callable[[], Any], **options: Any) -> History:
+    with fastact.monitor(model, **options) as watch:
+        for call in calls:
+            call()
+            watch.step()
+    return watch.history()
+
+
+def only(history: History) -> Layer:
+    (layer,) = history.layers
+    return layer
+
+
+def function_of(row: Row, *values: float) -> nn.Module:
+    class Calls(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return row.function(x, *values)
+
+    return Calls()
+
+
+def sample_of(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers with special ones among them."""
+    values = torch.randn(x.shape, generator=generator, dtype=torch.float64) * 3
+    where = torch.rand(x.shape, generator=generator, dtype=torch.float64) < 0.1
+    special = torch.tensor(SPECIAL, dtype=torch.float64)
+    picked = special[torch.randint(len(SPECIAL), x.shape, generator=generator)]
+    return torch.where(where, picked, values).to(x.dtype)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "permuted": lambda t: t.permute(3, 1, 0, 2),
+    "gaps": lambda t: t[:, :, ::2],
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: None) -> None:
+    torch.set_num_threads(1)
+
+
+# ---- Counts ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_counts(row: Row, dtype: torch.dtype, layout: str, isa: str, generator: torch.Generator) -> None:
+    shape = torch.empty(3, 5, 6, 7, dtype=dtype)
+    for values in parameter_sets(row):
+        x = LAYOUTS[layout](sample_of(shape, generator)).detach().requires_grad_()
+        dy = sample_of(x, generator)
+        model = function_of(row, *values)
+        ys = []
+        layer = only(watched(model, lambda: ys.append(model(x)) or ys[0].backward(dy), sample=None))
+        (y,) = ys
+        what = f"{row.name}{values} {dtype} {layout}"
+        assert layer.parameters == dict(zip(row.parameters, values, strict=True))
+        check_side(what, layer.output, 0, numbers(y), levels(row.name.removeprefix("precise_"), values))
+        check_side(what + " gradient in", layer.gradient_in, 0, numbers(dy))
+        assert x.grad is not None
+        check_side(what + " gradient out", layer.gradient_out, 0, numbers(x.grad))
+        for side, tensor in ((layer.output, y), (layer.gradient_in, dy), (layer.gradient_out, x.grad)):
+            assert (side.histogram == counters(numbers(tensor))).all(), what
+        assert layer.units is not None
+        assert layer.units.seen.all()
+        assert (layer.units.active[0] == (numbers(y) != 0).any(axis=(0, 2, 3))).all(), what
+        assert layer.squashing == (levels(row.name.removeprefix("precise_"), values) is not None), what
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_rows_of_a_softmax(along: Row, dtype: torch.dtype, dim: int, isa: str, generator: torch.Generator) -> None:
+    x = (torch.randn(6, 70, 9, generator=generator, dtype=torch.float64) * 6).to(dtype)
+    x[2, :, 3] = math.nan
+    x[4, 7, :] = math.inf
+    model = function_of(along, dim)
+    layer = only(watched(model, lambda: model(x), sample=None))
+    p = numbers(along.function(x, dim))
+    p = np.moveaxis(np.exp(p) if along.name == "log_softmax" else p, dim, -1).reshape(-1, x.shape[dim])
+    whole = p[~np.isnan(p).any(axis=1)]
+    assert layer.rows is not None
+    assert layer.length == x.shape[dim]
+    assert layer.rows.count[0] == len(p)
+    assert layer.rows.nan[0] == len(p) - len(whole) > 0
+    assert layer.rows.sure[0] == (whole.max(axis=1, initial=0) > 0.99).sum()
+    terms = -whole * np.log(np.maximum(whole, 1e-300))
+    # The terms are computed in float32, with some units in the last place, but for those below 2^-40.
+    assert layer.rows.entropy[0] == pytest.approx(terms.sum() / math.log(x.shape[dim]), rel=1e-5, abs=1e-9)
+
+
+def test_one_element_rows() -> None:
+    model = nn.Sequential(fastact.Softmax(-1))
+    with pytest.warns(UserWarning, match="one element") if False else _nothing():
+        pass
+    x = torch.ones(5, 2)
+    layer = only(watched(model, lambda: model(x)))
+    assert layer.length == 2
+
+
+def _nothing() -> Any:
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def looked_at(n: int, sample: int, call: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The elements, in memory order: docs/sight.md."""
+    if n <= sample or n // max(1, sample // RUN) < RUN:
+        return np.arange(n)
+    runs = max(1, sample // RUN)
+    spacing = n // runs
+    starts = [j * spacing + (call + j) * RUN % (spacing - RUN + 1) for j in range(runs)]
+    return np.concatenate([np.arange(start, start + RUN) for start in starts])
+
+
+@pytest.mark.parametrize("n", [1, 63, 256, 257, 5000, 70_000])
+@pytest.mark.parametrize("sample", [64, 200, 4096])
+def test_a_sample(n: int, sample: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+    model = fastact.ReLU()
+    xs = [sample_of(torch.empty(n, dtype=dtype), generator).requires_grad_() for _ in range(3)]
+    dys = [sample_of(x, generator) for x in xs]
+    calls = [lambda x=x, dy=dy: model(x).backward(dy) for x, dy in zip(xs, dys, strict=True)]
+    layer = only(watched(model, *calls, sample=sample))
+    for call, (x, dy) in enumerate(zip(xs, dys, strict=True)):
+        at = looked_at(n, sample, call)
+        assert len(at) <= max(sample, RUN) or n < 2 * RUN
+        check_side("output", layer.output, call, numbers(torch.relu(x))[at])
+        check_side("gradient in", layer.gradient_in, call, numbers(dy)[at])
+        assert x.grad is not None
+        check_side("gradient out", layer.gradient_out, call, numbers(x.grad)[at])
+        assert layer.units is not None
+        seen = np.zeros(n, bool)
+        seen[at] = True
+        assert (layer.units.seen[call] == seen).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_units_of_a_sample(layout: str, generator: torch.Generator) -> None:
+    x = LAYOUTS[layout](torch.randn(4, 37, 16, 16, generator=generator))
+    x[:, 5] = -1
+    model = fastact.ReLU()
+    layer = only(watched(model, *[lambda: model(x)] * 4, sample=512))
+    for call in range(4):
+        at = looked_at(x.numel(), 512, call)
+        values = in_memory_order(torch.relu(x))[at]
+        unit = in_memory_order(torch.arange(37.0)[None, :, None, None].expand(4, 37, 16, 16).clone(memory_format=torch.preserve_format) if False else (x * 0 + torch.arange(37.0)[None, :, None, None]))[at].astype(int)
+        assert layer.units is not None
+        assert set(np.flatnonzero(layer.units.seen[call])) == set(unit)
+        assert set(np.flatnonzero(layer.units.active[call])) == set(unit[values != 0])
+
+
+@pytest.mark.cpu_only("the number of threads is the CPU's")
+def test_counts_do_not_depend_on_threads(dtype: torch.dtype, generator: torch.Generator) -> None:
+    x = sample_of(torch.empty(7, 30_001, dtype=dtype), generator)
+    model = fastact.Tanh()
+    found = []
+    for count in THREAD_COUNTS:
+        torch.set_num_threads(count)
+        found.append(only(watched(model, lambda: model(x), sample=None)))
+    for other in found[1:]:
+        for name, value in vars(found[0].output).items():
+            assert (getattr(other.output, name) == value).all(), name
+        assert found[0].units is not None
+        assert other.units is not None
+        assert (other.units.active == found[0].units.active).all()
+
+
+def test_torch_modules_get_the_same_figures(public_row: Row, generator: torch.Generator) -> None:
+    torchs = getattr(nn, public_row.class_name, None)
+    if torchs is None:
+        assert public_row.name == "scaled_sigmoid"
+        return
+    arguments = [1] if public_row.along_dim else []
+    x = (torch.randn(40, 300, generator=generator) * 4).requires_grad_()
+    dy = torch.randn(40, 300, generator=generator)
+    found = []
+    for module in (torchs(*arguments), getattr(fastact, public_row.class_name)(*arguments)):
+        found.append(only(watched(module, lambda module=module: module(x).backward(dy))))
+    ours, other = found[1], found[0]
+    assert (other.source, ours.source) == ("torch.nn", "fastact")
+    assert (other.kind, other.squashing, other.bounds, other.length) == (ours.kind, ours.squashing, ours.bounds, ours.length)
+    for side in ("output", "gradient_in", "gradient_out"):
+        for name in ("count", "total", "squares"):
+            a, b = (getattr(getattr(layer, side), name) for layer in found)
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-3), f"{side} {name}"
+
+
+def test_modules_without_a_row(generator: torch.Generator) -> None:
+    x = torch.randn(6, 8, generator=generator)
+    for module in (nn.GELU(), fastact.PReLU(8), fastact.Maxout(2), fastact.ScaledSigmoid(learnable=True, num_parameters=8)):
+        y = []
+        layer = only(watched(module, lambda m=module, y=y: y.append(m(x)), sample=None))
+        check_side(type(module).__name__, layer.output, 0, numbers(y[0]))
+
+
+# ---- Nothing is changed ----------------------------------------------------------------------------------------------------
+
+
+def test_outputs_and_gradients_are_unchanged(public_row: Row, generator: torch.Generator) -> None:
+    module = module_class(public_row)(*([1] if public_row.along_dim else []))
+    x = torch.randn(50, 600, generator=generator).requires_grad_()
+    dy = torch.randn(50, 600, generator=generator)
+    y = module(x)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    with fastact.monitor(module):
+        watched_y = module(x)
+        (watched_dx,) = torch.autograd.grad(watched_y, x, dy)
+    assert torch.equal(y, watched_y)
+    assert torch.equal(dx, watched_dx)
+
+
+class Net(nn.Module):
+    """Modules and functions, one module twice."""
+
+    def __init__(self, activation: type[nn.Module] = fastact.Tanh) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 16)
+        self.act = activation()
+        self.second = nn.Linear(16, 16)
+        self.alias = self.act
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.first(x))
+        x = fastact.relu(self.second(x)) + fastact.sigmoid(x)
+        x = fastact.relu(self.alias(x))
+        return fastact.softmax(self.last(x), 1)
+
+
+def test_names_and_shared_modules() -> None:
+    net = Net()
+    history = watched(net, lambda: net(torch.ones(5, 8)), sample=None)
+    assert [(layer.name, layer.kind) for layer in history.layers] == [
+        ("act", "tanh"), ("relu", "relu"), ("sigmoid", "sigmoid"), ("relu#2", "relu"), ("softmax", "softmax"),
+    ]  # fmt: skip
+    act = history.layers[0]
+    assert act.shared == ["alias"]
+    assert act.output.count[0] == 2 * 5 * 16
+    nested = nn.Sequential(Net(), nn.Sequential(fastact.ReLU()))
+    names = [layer.name for layer in watched(nested, lambda: nested(torch.ones(5, 8))).layers]
+    assert names == ["0.act", "0/relu", "0/sigmoid", "0/relu#2", "0/softmax", "1.0"]
+
+
+def test_in_place_and_checkpointed(generator: torch.Generator) -> None:
+    x = torch.randn(30, 16, generator=generator)
+    for module in (fastact.ReLU(inplace=True), nn.ReLU(inplace=True)):
+        model = nn.Sequential(nn.Linear(16, 16), module)
+        layer = only(watched(model, lambda model=model: model(x).sum().backward(), sample=None))
+        y = numbers(model(x))
+        check_side("in place", layer.output, 0, y)
+        assert layer.gradient_in.count == y.size
+        assert layer.gradient_out.zeros == (y == 0).sum()
+    model = nn.Sequential(nn.Linear(16, 16), fastact.Tanh())
+    layer = only(watched(model, lambda: checkpoint(model, x, use_reentrant=False).sum().backward(), sample=None))
+    assert layer.output.count == 2 * x.numel()  # computed twice
+    assert layer.gradient_in.count == x.numel()
+
+
+def test_copies_and_files_while_watching() -> None:
+    net = Net()
+    with fastact.monitor(net) as watch:
+        net(torch.ones(5, 8))
+        other = copy.deepcopy(net)
+        file = io.BytesIO()
+        torch.save(net, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        for model in (other, loaded):
+            assert torch.equal(model(torch.ones(5, 8)), net(torch.ones(5, 8)))
+    counts = [layer.output.count.sum() for layer in watch.history().layers]
+    assert counts[0] == 3 * 2 * 5 * 16
+
+
+# ---- Steps -----------------------------------------------------------------------------------------------------------------
+
+
+def train(net: nn.Module, steps: int, optimizer: torch.optim.Optimizer | None = None, forwards: int = 1) -> None:
+    for _ in range(steps):
+        for _ in range(forwards):
+            net(torch.ones(5, 8)).square().sum().backward()
+        if optimizer:
+            optimizer.step()
+
+
+def test_an_optimizer_ends_a_step() -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    stranger = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.01)
+    with fastact.monitor(net, sample=None) as watch:
+        for _ in range(3):
+            train(net, 1, None, forwards=2)
+            stranger.step()
+            optimizer.step()
+    act = watch.history().layers[0]
+    assert act.steps.tolist() == [0, 1, 2]
+    assert act.output.count.tolist() == [2 * 2 * 5 * 16] * 3
+    assert act.training.all()
+
+
+def test_without_an_optimizer_a_call_after_a_backward_begins_a_step() -> None:
+    net = Net()
+    with fastact.monitor(net) as watch:
+        train(net, 3)
+        net(torch.ones(5, 8))
+        net(torch.ones(5, 8)).sum().backward()
+    act = watch.history().layers[0]
+    assert act.output.count.tolist() == [160.0, 160.0, 160.0, 320.0]
+
+
+def test_every_call_in_evaluation_mode_is_a_step() -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    with fastact.monitor(net) as watch:
+        train(net, 2, optimizer)
+        net.eval()
+        with torch.no_grad():
+            net(torch.ones(5, 8))
+            net(torch.ones(7, 8))
+        net.train()
+        train(net, 1, optimizer)
+    act = watch.history().layers[0]
+    assert act.steps.tolist() == [0, 1, 2, 3, 4]
+    assert act.training.tolist() == [True, True, False, False, True]
+    assert act.output.count[2:4].tolist() == [160.0, 224.0]
+
+
+def test_one_of_every_steps() -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    with fastact.monitor(net, every=3) as watch:
+        train(net, 8, optimizer)
+    act = watch.history().layers[0]
+    assert act.steps.tolist() == [0, 3, 6]
+    assert act.output.count.tolist() == [160.0] * 3
+    assert act.gradient_in.count.tolist() == [160.0] * 3
+
+
+def test_many_steps_are_taken_in() -> None:
+    net = Net()
+    with fastact.monitor(net) as watch:
+        train(net, 300, torch.optim.SGD(net.parameters(), 0.0))
+        assert len(watch._pending) < 300
+    act = watch.history().layers[0]
+    assert len(act.steps) == 300
+    assert (act.output.count == 160).all()
+    assert act.output.histogram.sum() == 300 * 160
+
+
+# ---- What is left behind -----------------------------------------------------------------------------------------------------
+
+
+def hooks(model: nn.Module) -> int:
+    optimizer_hooks = torch.optim.optimizer._global_optimizer_post_hooks
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) + len(optimizer_hooks)
+
+
+def test_nothing_is_left_behind() -> None:
+    net = Net()
+    before = hooks(net)
+    watch = fastact.monitor(net)
+    assert hooks(net) > before
+    loss = net(torch.ones(5, 8)).sum()
+    watch.close()
+    watch.close()
+    assert hooks(net) == before
+    counts = watch.history().layers[0].output.count.tolist()
+    loss.backward()
+    net(torch.ones(5, 8))
+    assert watch.history().layers[0].output.count.tolist() == counts
+    assert not _C.monitors()
+
+
+def test_after_an_exception() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError("planted")
+
+    net = nn.Sequential(fastact.Tanh(), Fails(), fastact.Tanh())
+    before = hooks(net)
+    with pytest.raises(KeyError, match="planted"), fastact.monitor(net) as watch:
+        net(torch.ones(5, 8))
+    assert hooks(net) == before
+    assert [layer.name for layer in watch.history().layers] == ["0"]
+    assert watch.history().unseen == [("2", "was never called")]
+    assert not _C.monitors()
+    # Nor does a module count that was left by it.
+    with fastact.monitor(net) as watch:
+        for _ in range(2):
+            with pytest.raises(KeyError):
+                net(torch.ones(5, 8))
+        fastact.sigmoid(torch.ones(3))
+    assert [layer.name for layer in watch.history().layers] == ["0"]
+
+
+def test_a_deleted_model_and_a_forgotten_monitor() -> None:
+    net = Net()
+    model = weakref.ref(net)
+    watch = fastact.monitor(net)
+    net(torch.ones(5, 8))
+    del net
+    gc.collect()
+    assert model() is None
+    assert watch.history().layers[0].output.count.sum() == 160
+    watch.close()
+    net = Net()
+    before = hooks(net)
+    watch = fastact.monitor(net)
+    net(torch.ones(5, 8))
+    del watch
+    gc.collect()
+    assert hooks(net) == before
+    assert not _C.monitors()
+
+
+def test_two_monitors() -> None:
+    net = nn.Sequential(Net(), fastact.ReLU())
+    with fastact.monitor(net, sample=None) as outer, fastact.monitor(net[0], sample=None) as inner:
+        train(net, 2, torch.optim.SGD(net.parameters(), 0.01))
+    assert [layer.name for layer in inner.history().layers] == ["act", "relu", "sigmoid", "relu#2", "softmax"]
+    assert [layer.name for layer in outer.history().layers][0] == "0.act"
+    for a, b in zip(inner.history().layers, outer.history().layers, strict=False):
+        assert a.output.count.tolist() == b.output.count.tolist()
+        assert a.gradient_out.squares.tolist() == b.gradient_out.squares.tolist()
+
+
+@pytest.mark.cpu_only("torch.compile is the CPU's here")
+def test_compiled_models() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), fastact.Tanh(), nn.Linear(8, 8), nn.ReLU())
+    x = torch.ones(3, 8)
+    with fastact.monitor(net) as watch:
+        compiled = torch.compile(net, backend="eager", fullgraph=True)
+        compiled(x)
+    assert not watch.history().layers
+    with fastact.monitor(compiled) as watch:
+        compiled(x)
+    assert {why for _, why in watch.history().unseen} == {"runs in code that torch.compile made"}
+
+
+# ---- Arguments -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"every": 0}, ValueError, "every must be positive, but is 0"),
+        ({"every": 1.5}, TypeError, "argument 'every' must be int, not float"),
+        ({"sample": -1}, ValueError, "sample must be positive, but is -1"),
+        ({"unit_dim": {"no.such": 1}}, ValueError, r"unit_dim names no module of the model: \['no.such'\]"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], says: str) -> None:
+    net = Net()
+    before = hooks(net)
+    with pytest.raises(error, match=says):
+        fastact.monitor(net, **options)
+    assert hooks(net) == before
+    with pytest.raises(TypeError, match="argument 'model' must be a torch.nn.Module, not int"):
+        fastact.monitor(3)  # type: ignore[arg-type]
+    assert not _C.monitors()
+
+
+def test_the_memory_of_a_layer() -> None:
+    net = nn.Sequential(*(fastact.ReLU() for _ in range(5)))
+    watch = fastact.monitor(net)
+    net(torch.ones(4, 8192))
+    core = watch._core
+    taken = sum(counters.numel() for _, _, counters in core.chunks())
+    taken += sum(layer["histograms"].numel() * 4 for layer in core.layers())
+    assert taken <= 5 * 65536
+    watch.close()
+
+
+# ---- Planted troubles --------------------------------------------------------------------------------------------------------
+
+
+def kinds(watch: Any, **options: Any) -> list[tuple[str, str]]:
+    return [(v.kind, v.layer) for v in watch.report(**options).verdicts]
+
+
+def deep(activation: Callable[[], nn.Module], depth: int, gain: float, generator: torch.Generator) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        linear = nn.Linear(64, 64)
+        with torch.no_grad():
+            linear.weight.copy_(torch.randn(64, 64, generator=generator) * gain / 8)
+            linear.bias.zero_()
+        layers += [linear, activation()]
+    return nn.Sequential(*layers)
+
+
+def run(model: nn.Module, generator: torch.Generator, steps: int = 10) -> Any:
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    with fastact.monitor(model) as watch:
+        for _ in range(steps):
+            x = torch.randn(128, 64, generator=generator)
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return watch
+
+
+@pytest.mark.parametrize(("activation", "gain"), [(fastact.Tanh, 1.0), (fastact.ReLU, 2**0.5), (nn.ReLU, 2**0.5)])
+def test_a_healthy_network_gets_no_verdict(activation: Any, gain: float, generator: torch.Generator) -> None:
+    assert kinds(run(deep(activation, 6, gain, generator), generator)) == []
+
+
+def test_a_saturated_layer_is_named(generator: torch.Generator) -> None:
+    model = deep(fastact.Tanh, 3, 1.0, generator)
+    with torch.no_grad():
+        model[2].weight *= 40
+    assert ("saturated", "3") in kinds(run(model, generator))
+
+
+def test_a_vanishing_stack_is_named(generator: torch.Generator) -> None:
+    assert "vanishing" in {kind for kind, _ in kinds(run(deep(fastact.Sigmoid, 10, 1.0, generator), generator))}
+
+
+def test_dead_units_are_named(generator: torch.Generator) -> None:
+    model = deep(fastact.ReLU, 2, 2**0.5, generator)
+    with torch.no_grad():
+        model[2].bias[:20] = -100
+    assert ("dead", "3") in kinds(run(model, generator))
+
+
+def test_nan_at_step_7_is_named(generator: torch.Generator) -> None:
+    model = deep(fastact.Tanh, 2, 1.0, generator)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    with fastact.monitor(model) as watch:
+        for step in range(10):
+            loss = model(torch.randn(128, 64, generator=generator)).square().mean()
+            (loss * (math.nan if step == 7 else 1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    said = [str(v.text) for v in watch.report().verdicts]
+    assert any("step 7" in text for text in said), said
