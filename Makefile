@@ -7,11 +7,14 @@ STAMP  := .venv/.made-with-$(subst /,_,$(subst =,-,$(TORCH)))
 SOURCES := $(wildcard csrc/*.h csrc/*/*) setup.py pyproject.toml
 C_FILES := csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cuda_shim/*
 
-.PHONY: demo test bench lint format install-check matrix docs cuda-check cuda-link clean
+.PHONY: demo troubles test bench lint format install-check matrix docs cuda-check cuda-link clean
 .PHONY: gpu-test gpu-build gpu-kernels gpu-suite gpu-sanitize
 
 demo: .venv/.built                      ## train a small CNN with torch.nn's activations and with fastact's
 	$(BIN)/python examples/digits_cnn.py
+
+troubles: .venv/.built                  ## five classic troubles of activations, measured, and what cures them
+	$(BIN)/python examples/classic_troubles.py
 
 test: .venv/.built                      ## the whole suite, a file at a time on each core
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -24,6 +24,7 @@ from fastact._registry import Row
 from fastact.sight.history import History, Layer, Side
 
 RUN = 64  # neighbours that are looked at together
+MOST_UNITS = 20_000  # of a layer, or there is no map of them
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 4.0, -8.0, math.inf, -math.inf, math.nan, 1e-30, 3e4, -3e4]
 
 
@@ -160,21 +161,6 @@ def test_rows_of_a_softmax(along: Row, dtype: torch.dtype, dim: int, isa: str, g
     assert layer.rows.entropy[0] == pytest.approx(terms.sum() / math.log(x.shape[dim]), rel=1e-5, abs=1e-9)
 
 
-def test_one_element_rows() -> None:
-    model = nn.Sequential(fastact.Softmax(-1))
-    with pytest.warns(UserWarning, match="one element") if False else _nothing():
-        pass
-    x = torch.ones(5, 2)
-    layer = only(watched(model, lambda: model(x)))
-    assert layer.length == 2
-
-
-def _nothing() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
-
-
 def looked_at(n: int, sample: int, call: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The elements, in memory order: docs/sight.md."""
     if n <= sample or n // max(1, sample // RUN) < RUN:
@@ -200,10 +186,10 @@ def test_a_sample(n: int, sample: int, dtype: torch.dtype, generator: torch.Gene
         check_side("gradient in", layer.gradient_in, call, numbers(dy)[at])
         assert x.grad is not None
         check_side("gradient out", layer.gradient_out, call, numbers(x.grad)[at])
-        assert layer.units is not None
         seen = np.zeros(n, bool)
         seen[at] = True
-        assert (layer.units.seen[call] == seen).all()
+        assert (layer.units is None) == (n > MOST_UNITS)
+        assert layer.units is None or (layer.units.seen[call] == seen).all()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -215,7 +201,7 @@ def test_units_of_a_sample(layout: str, generator: torch.Generator) -> None:
     for call in range(4):
         at = looked_at(x.numel(), 512, call)
         values = in_memory_order(torch.relu(x))[at]
-        unit = in_memory_order(torch.arange(37.0)[None, :, None, None].expand(4, 37, 16, 16).clone(memory_format=torch.preserve_format) if False else (x * 0 + torch.arange(37.0)[None, :, None, None]))[at].astype(int)
+        unit = in_memory_order(torch.zeros_like(x) + torch.arange(37.0)[None, :, None, None])[at].astype(int)
         assert layer.units is not None
         assert set(np.flatnonzero(layer.units.seen[call])) == set(unit)
         assert set(np.flatnonzero(layer.units.active[call])) == set(unit[values != 0])

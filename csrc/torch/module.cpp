@@ -436,6 +436,13 @@ void define_monitor(py::module_& m) {
              return monitor.output(scope, kind_of(name, parameters, dim), THPVariable_Unpack(y.ptr()));
            })
       .def_property_readonly("gradients", [](const Monitor& monitor) { return monitor.gradients.load(); })
+      .def(
+          "maker_of",
+          [](const Monitor& monitor, py::handle y) -> int64_t {
+            const Tensor& t = THPVariable_Unpack(y.ptr());
+            return t.numel() > 0 && t.const_data_ptr() == monitor.last_output ? monitor.last_layer.load() : -1;
+          },
+          "The layer whose output this is, if it is the last one that was looked at; else -1.")
       .def("layers",
            [](Monitor& monitor) {
              const std::lock_guard<std::mutex> lock(monitor.mutex);

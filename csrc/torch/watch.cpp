@@ -93,6 +93,7 @@ std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, i
   Chunk& chunk = chunks.back();
   const Tensor place = chunk.bytes.narrow(0, chunk.used, bytes);
   auto layer = std::shared_ptr<Layer>(new Layer{
+      .number = int64_t(m.layers.size()),
       .scope = scope,
       .position = position,
       .kind = kind,
@@ -125,6 +126,10 @@ std::shared_ptr<Layer> layer_at(Monitor& m, int64_t scope, int64_t position, con
 
 void look_at_output(Layer& layer, const Kind& kind, const Tensor& y) {
   look(layer, kOutput, y);
+  if (const auto monitor = layer.monitor.lock()) {
+    monitor->last_output = y.const_data_ptr();
+    monitor->last_layer = layer.number;
+  }
   if (!kind.along_dim || y.numel() == 0) return;
   const Tensor x = to_dense(y);
   const SoftmaxShape shape = shape_of(x, at::maybe_wrap_dim(kind.dim, x.dim()));

@@ -60,6 +60,7 @@ struct Monitor;
 
 /// The counters of one activation on one device.
 struct Layer {
+  int64_t number;           // among all of the monitor
   int64_t scope, position;  // which module called it, and as which of its calls of activations
   Kind kind;
   c10::Device device;
@@ -91,6 +92,9 @@ struct Monitor : std::enable_shared_from_this<Monitor> {
   std::mutex mutex;
 
   std::atomic<int64_t> gradients{0};  // looked at
+  // Where the last output is, and which of the layers made it.
+  std::atomic<const void*> last_output{nullptr};
+  std::atomic<int64_t> last_layer{-1};
 
   explicit Monitor(int64_t sample_) : sample(sample_) {}
   ~Monitor() { close(); }

@@ -127,6 +127,7 @@ class Watch:
         self._training = model.training
         self._optimized = False  # whether an optimizer of the model was seen to step
         self._gradients = 0  # how many the kernels had looked at when the step began
+        self._maker: int | None = None  # which layer the model's output comes from; -1: none
         self._history: History | None = None
         self._recording = True
         self._core.start()
@@ -141,6 +142,8 @@ class Watch:
         if isinstance(unit_dim, Mapping) and (wrong := set(unit_dim) - {p for names in paths.values() for p in names}):
             raise ValueError(f"monitor(): unit_dim names no module of the model: {sorted(wrong)}")
         self._handles.append(model.register_forward_pre_hook(_Hook(self, Watch._called)))
+        # After the hooks of the model's own activations, should it be one itself.
+        returned = _Hook(self, Watch._returned)
         before: nn.Module | None = None
         for module, (path, *shared) in paths.items():
             ours, torchs = isinstance(module, _OURS), type(module) in _TORCHS
@@ -158,6 +161,8 @@ class Watch:
             if leaf:
                 before = module
 
+        self._handles.append(model.register_forward_hook(returned))
+
         mine = weakref.ref(self)
 
         def stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -174,6 +179,10 @@ class Watch:
             if ends:
                 self.step()
         self._training, self._running = module.training, True
+
+    def _returned(self, module: nn.Module, output: Any) -> None:
+        if self._recording and type(output) is Tensor and output.device.type in ("cpu", "cuda"):
+            self._maker = self._core.maker_of(output)
 
     def _enter(self, module: nn.Module, output: Any, scope: int, unit_dim: int) -> None:
         self._running = True
@@ -249,6 +258,7 @@ class Watch:
             sample=self.sample,
             environment={"torch": torch.__version__, "devices": sorted({layer["device"] for layer in layers})},
             loss=self._loss,
+            output=None if self._maker is None else names[self._maker] if self._maker >= 0 else "",
         )
 
     def report(self, targets: Any = None) -> Report:
@@ -500,6 +510,7 @@ def _added_up(histories: list[History]) -> History:
         ranks=len(histories),
         environment=first.environment,
         loss=first.loss,
+        output=first.output,
     )
 
 
