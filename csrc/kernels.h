@@ -135,17 +135,18 @@ static constexpr int64_t maxout_units(MaxoutShape s) {
 /// Which elements of a dense tensor a monitor looks at, in memory order, and what it wants to know of them: `runs` runs of kRun
 /// neighbours, the last of which may be shorter.
 struct Look {
-  static constexpr int64_t kRun = 64;
+  static constexpr int64_t kRun = 64, kThinned = 4;
   int64_t n;                     // elements of the tensor
   int64_t runs, spacing, phase;  // all of them where spacing is kRun
+  int64_t thinned;               // one run of so many goes into the histogram
   double low, high;              // saturated are those up to `low`, and from `high`; NaN: none
   int64_t units, inner;          // element i belongs to unit i / inner % units; no units: 0
 
   /// Of n elements all, or about `sample` of them where that is above 0 and below n; `phase` counts the calls.
   static constexpr Look at(int64_t n, int64_t sample, int64_t phase) {
     const int64_t runs = sample / kRun > 0 ? sample / kRun : 1;
-    if (sample > 0 && sample < n && n / runs >= kRun) return {n, runs, n / runs, phase, 0, 0, 0, 0};
-    return {n, (n + kRun - 1) / kRun, kRun, 0, 0, 0, 0, 0};
+    if (sample > 0 && sample < n && n / runs >= kRun) return {n, runs, n / runs, phase, kThinned, 0, 0, 0, 0};
+    return {n, (n + kRun - 1) / kRun, kRun, 0, 1, 0, 0, 0, 0};
   }
 };
 
@@ -183,8 +184,8 @@ struct RowLook {
   double scale;     // 1 / log(length); 0 where length is 1
 };
 
-/// Adds runs in [begin, end) to a tally and a histogram. `units`: a byte each, 1 where one of its elements was looked at, then
-/// as many, 1 where one of these was not 0.
+/// Adds runs in [begin, end), at most 2^20 of them, to a tally and a histogram. `units`: a byte each, 1 where one of its
+/// elements was looked at, then as many, 1 where one of these was not 0.
 using LookKernel = void (*)(const void* x, Look, int64_t begin, int64_t end, Tally*, Histogram*, uint8_t* units);
 using RowLookKernel = void (*)(const void* y, RowLook, RowTally*);
 

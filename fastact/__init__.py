@@ -4,7 +4,18 @@ from fastact._build import build_info, check
 
 check()
 
-from fastact import _transforms, activations, autograd, channels, compiler, functional, memory, modules, sight, swap  # noqa: E402
+from fastact import (  # noqa: E402
+    _transforms,
+    activations,
+    autograd,
+    channels,
+    compiler,
+    functional,
+    memory,
+    modules,
+    sight,
+    swap,
+)
 from fastact.activations import *  # noqa: E402, F403
 from fastact.channels import *  # noqa: E402, F403
 from fastact.sight import gradient_images, monitor  # noqa: E402

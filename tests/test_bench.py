@@ -15,7 +15,7 @@ from conftest import REFERENCE_ERROR
 from fastact._registry import along_dim, elementwise
 from fastact.bench import __main__ as program
 from fastact.bench import cases as cases_module
-from fastact.bench import memory, timing
+from fastact.bench import memory, sight, timing
 from fastact.bench.cases import DTYPES, TENSORS_MOVED, Case, Inputs, make_cases, op_names, sides
 from fastact.bench.check import WrongResult
 from fastact.bench.compiling import Compiler
@@ -769,3 +769,14 @@ def test_help_names_every_option(capsys):
     for option in ("quick", "device", "dtypes", "json", "plot", "compare", "from", "threads", "peers"):
         assert f"--{option}" in text
     assert all(op in text for op in op_names())
+
+
+def test_what_a_monitor_costs(capsys, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        assert sight.main(["--small", "--rounds", "2", "--threads", "1", "--json", str(tmp_path / "sight.json")]) == 0
+    finally:
+        torch.set_num_threads(before)
+    rows = json.loads((tmp_path / "sight.json").read_text())["rows"]
+    assert len(rows) == len(capsys.readouterr().out.split("\n\n")[0].splitlines()) - 2
+    assert all(len(times) == 2 for row in rows for times in row["seconds"].values())

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 from conftest import BEST_ISA, DTYPES, ELEMENTWISE, SEED, bits, parameter_sets
 from test_accuracy import misrounded_at_most
-from torch import Tensor
+from torch import Tensor, nn
 from ulp import exact_parameters, forward_sweep, patterns
 
 import fastact
@@ -412,6 +413,35 @@ def test_calls_do_not_wait_for_the_device(any_row: Row, shape: tuple[int, int], 
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
     assert not waited, f"{any_row.name} of {shape} waits for the device"
+
+
+@needs_cuda
+@pytest.mark.parametrize("library", [fastact, nn])
+def test_a_watched_step_does_not_wait_for_the_device(library: types.ModuleType) -> None:
+    """Nor does torch notice a synchronisation, in the step or at its end; a report waits, and has all counts."""
+    model = nn.Sequential(nn.Linear(64, 64), library.ReLU(), nn.Linear(64, 64), library.Tanh(), library.Softmax(1)).to(CUDA)
+    x = torch.randn(256, 64, device=CUDA)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    with fastact.monitor(model, sample=None) as watch:
+        step()
+        torch.cuda.synchronize()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for layer in watch.history().layers:
+        for side in (layer.output, layer.gradient_in, layer.gradient_out):
+            assert side.count.tolist() == [256 * 64] * 4
 
 
 @needs_cuda

@@ -47,6 +47,18 @@ def test_demo(activation: str, tmp_path: Path) -> None:
     assert image.endswith(b"IEND\xaeB`\x82")
 
 
+def test_classic_troubles(tmp_path: Path) -> None:
+    """The one that is quickest; all have the same form."""
+    command = [sys.executable, str(EXAMPLES / "classic_troubles.py"), "--only", "3", "--output", str(tmp_path / "figures")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "softmax over one unit" in done.stdout.lower(), done.stdout
+    images = list((tmp_path / "figures").glob("*.png"))
+    assert images
+    for image in images:
+        assert image.read_bytes().endswith(b"IEND\xaeB`\x82")
+
+
 def test_training_step(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "training_step.py"), "--activations", "relu", "scaled_sigmoid"]
     scale = ["--size", "6", "--channels", "3", "--batch", "16", "--steps", "2", "--threads", "1"]

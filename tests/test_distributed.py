@@ -20,7 +20,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp2", "tensor_parallel", "dtensor"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "tensor_parallel", "dtensor", "monitored"])
 def test_two_processes(way: str) -> None:
     port = str(free_port())
     workers = [
@@ -54,7 +54,8 @@ def main(way: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        {"ddp": ddp, "fsdp2": fsdp2, "tensor_parallel": tensor_parallel, "dtensor": dtensor}[way]()
+        ways = {"ddp": ddp, "fsdp2": fsdp2, "tensor_parallel": tensor_parallel, "dtensor": dtensor, "monitored": monitored}
+        ways[way]()
     finally:
         dist.destroy_process_group()
     print(f"{way}: as torch.nn")
@@ -102,6 +103,35 @@ def ddp() -> None:
     (model(x[half]) * dy[half]).sum().backward()
     for p, q in zip(plain.parameters(), ours.parameters(), strict=True):
         close(q.grad * WORKERS, p.grad)  # DDP takes the mean over the processes
+
+
+def monitored() -> None:
+    """What the ranks have counted of their halves is what one process counts of the whole."""
+    import copy
+
+    import numpy as np
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    import fastact
+
+    (_, ours), x, dy = twins()
+    alone, half = copy.deepcopy(ours), slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
+    with fastact.monitor(alone, sample=None) as one:
+        (alone(x) * dy).sum().backward()
+    model = DistributedDataParallel(ours)
+    with fastact.monitor(model, sample=None) as watch:
+        (model(x[half]) * dy[half]).sum().backward()
+        assert watch.report().history.ranks == 1
+    history = watch.history()
+    assert history.ranks == WORKERS
+    for found, expected in zip(history.layers, one.history().layers, strict=True):
+        assert (found.name, found.kind, found.steps.tolist()) == (expected.name, expected.kind, expected.steps.tolist())
+        for side in ("output", "gradient_in", "gradient_out"):
+            a, b = getattr(found, side), getattr(expected, side)
+            for name, value in vars(b).items():
+                np.testing.assert_allclose(getattr(a, name), value, rtol=1e-10, atol=1e-12, err_msg=f"{found.name} {name}")
+        assert (found.units.active == expected.units.active).all()  # type: ignore[union-attr]
 
 
 def fsdp2() -> None:

@@ -8,7 +8,9 @@ namespace fastact {
 namespace FASTACT_NAMESPACE {
 namespace {
 
-/// Up to kRun neighbours, unpacked.
+constexpr double kNaN = __builtin_nan("");
+
+/// Up to kRun neighbours, unpacked, and then NaN.
 template <class S>
 struct Run {
   using V = LaneOf<S>;
@@ -21,6 +23,7 @@ struct Run {
     int k = 0;
     for (; k + V::lanes <= length; k += V::lanes) put(k, load(p + k));
     if (k < length) put(k, load_part(p + k, length - k, V(0)));
+    for (k = length; k < kMost; ++k) v[k] = T(kNaN);
   }
   /// Of elements that lie `stride` apart.
   FASTACT_FN Run(const S* p, int64_t n, int64_t stride) : length(n < kMost ? int(n) : kMost) {
@@ -36,50 +39,61 @@ struct Run {
   }
 };
 
-/// Loops that the compiler turns into SIMD: counts in integers of the elements' size, sums in several parts.
+/// Counts and sums of many runs in lanes, so many that a count is exact in a float.
 template <class S>
-FASTACT_FN void add(const Run<S>& run, const Look& a, Tally& t) {
-  using T = typename Run<S>::T;
-  using Count = typename BitsOf<T>::Signed;
-  constexpr int kParts = 8;
-  const T low(a.low), high(a.high);
-  Count zeros = 0, lows = 0, highs = 0, nans = 0, finites = 0;
-  T largest = -T(kInfinity), smallest = T(kInfinity);
-  double total[kParts] = {}, squares[kParts] = {};
-  for (int k = 0; k < run.length; ++k) {
-    const T v = run.v[k];
-    const bool is_finite = finite(v);
-    zeros += v == 0;
-    lows += v <= low;
-    highs += v >= high;
-    nans += v != v;
-    finites += is_finite;
-    const T above = is_finite ? v : -T(kInfinity), below = is_finite ? v : T(kInfinity);
-    largest = above > largest ? above : largest;
-    smallest = below < smallest ? below : smallest;
-  }
-  for (int k = 0; k < run.length; k += kParts)
-    for (int part = 0; part < kParts; ++part) {
-      const double v = k + part < run.length && finite(run.v[k + part]) ? double(run.v[k + part]) : 0;
-      total[part] += v;
-      squares[part] += v * v;
+struct Lanewise {
+  using V = LaneOf<S>;
+  using T = typename V::Element;
+  using Doubles = typename Lanes<double, V::lanes>::Raw;
+  const V low, high;
+  V zeros{0}, lows{0}, highs{0}, numbers{0}, finites{0}, largest{-kInfinity}, smallest{kInfinity};
+  Doubles total = {}, squares = {};
+  int64_t count = 0;
+
+  FASTACT_FN explicit Lanewise(const Look& a) : low(a.low), high(a.high) {}
+
+  /// Behind its end the run has NaN.
+  FASTACT_FN void add(const Run<S>& run) {
+#pragma GCC unroll 8
+    for (int k = 0; k < Run<S>::kMost; k += V::lanes) {
+      const V v = run.vector(k), one(1), zero(0);
+      const auto is_finite = abs(v) < V(kInfinity);
+      zeros = zeros + select(v == zero, one, zero);
+      lows = lows + select(v <= low, one, zero);
+      highs = highs + select(v >= high, one, zero);
+      numbers = numbers + select(v == v, one, zero);
+      finites = finites + select(is_finite, one, zero);
+      largest = max(select(is_finite, v, V(-kInfinity)), largest);
+      smallest = min(select(is_finite, v, V(kInfinity)), smallest);
+      const Doubles wide = __builtin_convertvector(select(is_finite, v, zero).raw, Doubles);
+      total += wide;
+      squares += wide * wide;
     }
-  t.count += uint64_t(run.length);
-  t.zeros += uint64_t(zeros);
-  t.low += uint64_t(lows);
-  t.high += uint64_t(highs);
-  t.nan += uint64_t(nans);
-  t.infinite += uint64_t(run.length - nans - finites);
-  if (finites > 0) {
-    const uint64_t top = key(double(largest)), bottom = key(-double(smallest));
-    if (top > t.largest) t.largest = top;
-    if (bottom > t.smallest) t.smallest = bottom;
+    count += run.length;
   }
-  for (int part = 0; part < kParts; ++part) {
-    t.total += total[part];
-    t.squares += squares[part];
+
+  FASTACT_FN static uint64_t sum(V v) {
+    uint64_t all = 0;
+    for (int l = 0; l < V::lanes; ++l) all += uint64_t(v.raw[l]);
+    return all;
   }
-}
+  FASTACT_FN void add_to(Tally& t) const {
+    t.count += uint64_t(count);
+    t.zeros += sum(zeros);
+    t.low += sum(lows);
+    t.high += sum(highs);
+    t.nan += uint64_t(count) - sum(numbers);
+    t.infinite += sum(numbers) - sum(finites);
+    for (int l = 0; l < V::lanes; ++l) {
+      t.total += total[l];
+      t.squares += squares[l];
+      if (finites.raw[l] == 0) continue;
+      const uint64_t top = key(double(largest.raw[l])), bottom = key(-double(smallest.raw[l]));
+      if (top > t.largest) t.largest = top;
+      if (bottom > t.smallest) t.smallest = bottom;
+    }
+  }
+};
 
 template <class S>
 FASTACT_FN void add(const Run<S>& run, Histogram& h) {
@@ -127,15 +141,28 @@ FASTACT_FN void add(const Run<S>& run, const Look& a, int64_t i, uint8_t* units)
   }
 }
 
+/// Fetches a run that will be looked at some runs from now: it may lie in the cache of another core.
+template <class S>
+FASTACT_FN void fetch(const S* x, const Look& a, int64_t j, int64_t end) {
+  if (j >= end) return;
+  const char* p = reinterpret_cast<const char*>(x + start_of(a, j));
+  for (int64_t byte = 0; byte < Look::kRun * int64_t(sizeof(S)); byte += 64) __builtin_prefetch(p + byte);
+}
+
 template <class S>
 void look(const void* x, Look a, int64_t begin, int64_t end, Tally* tally, Histogram* histogram, uint8_t* units) {
+  constexpr int64_t kAhead = 16;
+  Lanewise<S> lanes(a);
+  for (int64_t j = begin; j < begin + kAhead; ++j) fetch(static_cast<const S*>(x), a, j, end);
   for (int64_t j = begin; j < end; ++j) {
+    fetch(static_cast<const S*>(x), a, j + kAhead, end);
     const int64_t i = start_of(a, j);
     const Run<S> run(static_cast<const S*>(x) + i, a.n - i);
-    add(run, a, *tally);
-    add(run, *histogram);
+    lanes.add(run);
+    if (j % a.thinned == 0) add(run, *histogram);
     if (a.units > 0) add(run, a, i, units);
   }
+  lanes.add_to(*tally);
 }
 
 template <class S>

@@ -87,7 +87,7 @@ struct Monitor : std::enable_shared_from_this<Monitor> {
   int64_t sample;  // at most so many elements of a tensor; 0: all
   std::atomic<bool> open = false;
   std::map<int64_t, Scope> scopes;
-  std::vector<std::shared_ptr<Layer>> layers;  // in the order of their first calls
+  std::vector<std::shared_ptr<Layer>> layers;       // in the order of their first calls
   std::map<std::string, std::deque<Chunk>> chunks;  // by device
   std::mutex mutex;
 
