@@ -378,6 +378,7 @@ class _Copies(NamedTuple):
     @staticmethod
     def of(number: int, training: bool, core: Any) -> _Copies:
         chunks, events = {}, []
+        event: Any = torch.cuda.Event
         with torch.no_grad():
             for device, index, counters in core.chunks():
                 pinned = counters.is_cuda
@@ -387,7 +388,7 @@ class _Copies(NamedTuple):
                 chunks[device, index] = copy
                 if pinned:
                     with torch.cuda.device(counters.device):
-                        events.append(torch.cuda.Event())
+                        events.append(event())
                         events[-1].record()
         return _Copies(number, training, chunks, events)
 
