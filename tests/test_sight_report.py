@@ -439,7 +439,7 @@ HEALTHY: dict[str, Callable[[np.random.Generator], History]] = {
     "sure output": lambda r: classifier_output(r, "last"),
     "cross entropy of an unknown output": lambda r: classifier_output(r, None),
     "three dead of 32": lambda r: a_few_dead(r, 3),
-    "dead units after few looks": lambda r: a_few_dead(r, 16, steps=15),
+    "dead units after few looks": lambda r: a_few_dead(r, 16, steps=4),
     "dead units after few steps": lambda r: a_few_dead(r, 16, steps=3, times=10),
     "nothing": lambda r: history(),
 }

@@ -35,8 +35,8 @@ EXPLODED = 1e3
 DEAD = 0.1
 
 # Before a unit is called dead: elements looked at. One that is active once in a hundred is missed with probability
-# 0.99^1000 = 4e-5.
-DEAD_LOOKS = 1000
+# 0.99^300 = 5%, and a tenth of a healthy layer's units are not that seldom active.
+DEAD_LOOKS = 300
 
 # And steps, since the elements that a convolution has in one step are neighbours in a few images.
 DEAD_STEPS = 4

@@ -620,7 +620,9 @@ void check_look() {
           expect(memcmp(histogram.get(), expected_histogram.get(), sizeof(Histogram)) == 0, "the histogram is not the CPU's");
           expect(memcmp(flags.p, expected_flags.p, flags.n) == 0, "the units are not the CPU's");
           expect(close(tally.squares, expected.squares, expected.squares), "the sum of squares is not the CPU's");
-          expect(close(tally.total, expected.total, sqrt(double(n) * expected.squares)), "the sum is not the CPU's");
+          // Sums of numbers near the largest there are may overflow in one order only.
+          if (std::isfinite(expected.squares))
+            expect(close(tally.total, expected.total, sqrt(double(n) * expected.squares)), "the sum is not the CPU's");
         }
   const SoftmaxShape shapes[] = {{1, 1, 1}, {70, 5, 1}, {3, 100, 1}, {2, 33, 7}, {1, 2000, 3}};
   for (const SoftmaxShape& s : shapes)
