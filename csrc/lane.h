@@ -125,6 +125,12 @@ FASTACT_FN double exponent(double s) {
 FASTACT_FN bool any_less(float a, float b) { return a < b; }
 FASTACT_FN bool any_less(double a, double b) { return a < b; }
 
+/// The quotient of indices, in 32 bits where that will do: most of a division of 64 bits would be spent on zeros.
+FASTACT_FN long long divided(long long a, long long b) {
+  return (a | b) >> 32 == 0 ? (long long)(unsigned(a) / unsigned(b)) : a / b;
+}
+FASTACT_FN long long remainder_of(long long a, long long b) { return a - divided(a, b) * b; }
+
 // ---- Approximations. Coefficients: tools/coefficients.py. -----------------------------------------------------------
 
 /// c + c1 u + c2 u^2 + ..., by Horner's rule.

@@ -11,10 +11,16 @@ namespace {
 
 /// Where run j begins. A sample's runs wander through what lies between them, from run to run and from call to call.
 FASTACT_FN int64_t start_of(const Look& a, int64_t j) {
-  return j * a.spacing + (a.phase + j) * Look::kRun % (a.spacing - Look::kRun + 1);
+  return j * a.spacing + remainder_of((a.phase + j) * Look::kRun, a.spacing - Look::kRun + 1);
 }
 /// Which row is looked at as number j.
-FASTACT_FN int64_t row_of(const RowLook& a, int64_t j) { return j * a.spacing + (a.phase + j) % a.spacing; }
+FASTACT_FN int64_t row_of(const RowLook& a, int64_t j) { return j * a.spacing + remainder_of(a.phase + j, a.spacing); }
+
+/// Where that row begins.
+FASTACT_FN int64_t row_start(const RowLook& a, int64_t row) {
+  const int64_t outer = divided(row, a.inner);
+  return outer * a.length * a.inner + (row - outer * a.inner);
+}
 
 /// The bit pattern of a number, as a signed integer.
 FASTACT_FN int32_t pattern(float x) {

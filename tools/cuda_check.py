@@ -27,8 +27,9 @@ ROOT = Path(__file__).parent.parent
 SITE = Path(sysconfig.get_paths()["platlib"])
 TABLE = ROOT / "docs" / "cuda-kernels.md"
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="functions")
-# What may be called: for rare operands of a division in IEEE arithmetic; and to divide indices, once a thread.
-SUBROUTINES = r".* \w*(div|rcp)_rn_|(softmax|channel|maxout)_.* (div|rem)_[su]"
+# What may be called: for rare operands of a division in IEEE arithmetic; and to divide indices, once a thread
+# and in what a monitor looks at, of which there is little.
+SUBROUTINES = r".* \w*(div|rcp)_rn_|(softmax|channel|maxout|look).* (div|rem)_[su]"
 UNROLL = int(re.search(r"kUnroll = (\d+)", (ROOT / "csrc" / "cuda" / "elementwise.h").read_text())[1])
 CHANNEL_PACKS = int(re.search(r"kChannelPacks = (\d+)", (ROOT / "csrc" / "cuda" / "channels.h").read_text())[1])
 PHASES = ("whole", "part", "rest")  # Phase of csrc/cuda/softmax.h

@@ -116,7 +116,8 @@ template <class S>
 FASTACT_FN void add(const Run<S>& run, const Look& a, int64_t i, uint8_t* units) {
   uint8_t active[Run<S>::kMost];
   for (int k = 0; k < run.length; ++k) active[k] = run.v[k] != 0;
-  int64_t unit = i / a.inner % a.units, next = a.inner - i % a.inner;  // elements to the next unit
+  const int64_t line = divided(i, a.inner);
+  int64_t unit = remainder_of(line, a.units), next = (line + 1) * a.inner - i;  // elements to the next unit
   if (a.inner == 1) {
     for (int k = 0; k < run.length;) {
       const int part = run.length - k < a.units - unit ? run.length - k : int(a.units - unit);
@@ -170,8 +171,7 @@ void look_at_rows(const void* y, RowLook a, RowTally* tally) {
   using V = LaneOf<S>;
   using T = typename V::Element;
   for (int64_t j = 0; j < a.rows; ++j) {
-    const int64_t row = row_of(a, j);
-    const S* p = static_cast<const S*>(y) + row / a.inner * a.length * a.inner + row % a.inner;
+    const S* p = static_cast<const S*>(y) + row_start(a, row_of(a, j));
     T largest = 0;
     double entropy = 0;
     bool nan = false;

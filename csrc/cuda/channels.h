@@ -54,12 +54,6 @@ struct ChannelPlan {
   }
 };
 
-/// The quotient, in 32 bits where that will do: most of a division of 64 bits would be spent on zeros.
-__device__ __forceinline__ int64_t divided(int64_t a, int64_t b) {
-  if ((a | b) >> 32 == 0) return int64_t(uint32_t(a) / uint32_t(b));
-  return a / b;
-}
-
 /// One pack: what comes out, and what it adds to the sums of the parameters.
 template <bool kForward, class F, class V, class P, int K>
 __device__ __forceinline__ V channel_element(const F& f, const P (&in)[kForward ? 1 : 2], int j, V (&sums)[K]) {

@@ -30,9 +30,10 @@ __global__ void __launch_bounds__(kLookThreads) look(const S* x, Look a, Tally* 
   uint64_t largest = 0, smallest = 0;
   double total = 0, squares = 0;
   const int64_t all = a.runs * Look::kRun, step = int64_t(gridDim.x) * kLookThreads;
-  for (int64_t e = int64_t(blockIdx.x) * kLookThreads + threadIdx.x; e < all; e += step) {
-    const int64_t i = start_of(a, e / Look::kRun) + e % Look::kRun;
-    if (i >= a.n) continue;
+  // The condition is the same for a whole block, so that its warps come to the sums below together.
+  for (int64_t first = int64_t(blockIdx.x) * kLookThreads; first < all; first += step) {
+    const int64_t e = first + threadIdx.x, i = start_of(a, e / Look::kRun) + e % Look::kRun;
+    if (e >= all || i >= a.n) continue;
     const T v = unpack(x[i]);
     ++count;
     zeros += v == 0;
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kLookThreads) look(const S* x, Look a, Tally* 
       infinite += v == v;
     }
     if (a.units > 0) {
-      const int64_t unit = i / a.inner % a.units;
+      const int64_t unit = remainder_of(divided(i, a.inner), a.units);
       units[unit] = 1;
       if (v != 0) units[a.units + unit] = 1;
     }
@@ -79,23 +80,25 @@ __global__ void __launch_bounds__(kLookThreads) look(const S* x, Look a, Tally* 
 template <class S>
 __global__ void __launch_bounds__(kLookThreads) look_at_rows(const S* y, RowLook a, RowTally* tally) {
   using T = decltype(unpack(S{}));
+  constexpr int kWarps = kLookThreads / kWarp;
   const int lane = int(threadIdx.x) % kWarp;
-  const int64_t warp = (int64_t(blockIdx.x) * kLookThreads + threadIdx.x) / kWarp,
-                warps = int64_t(gridDim.x) * kLookThreads / kWarp;
-  for (int64_t j = warp; j < a.rows; j += warps) {
-    const int64_t row = row_of(a, j);
-    const S* p = y + row / a.inner * a.length * a.inner + row % a.inner;
+  for (int64_t first = int64_t(blockIdx.x) * kWarps; first < a.rows; first += int64_t(gridDim.x) * kWarps) {
+    const int64_t j = first + threadIdx.x / kWarp;
     uint32_t sure = 0, nan = 0;
     double entropy = 0;
-    for (int64_t i = lane; i < a.length; i += kWarp) {
-      T v = unpack(p[i * a.inner]);
-      if (a.logarithms) v = exp_nonpositive(v);
-      entropy += double(surprise(v));
-      nan |= v != v;
-      sure |= v > T(0.99);
+    if (j < a.rows) {
+      const S* p = y + row_start(a, row_of(a, j));
+#pragma unroll 1
+      for (int64_t i = lane; i < a.length; i += kWarp) {
+        T v = unpack(p[i * a.inner]);
+        if (a.logarithms) v = exp_nonpositive(v);
+        entropy += double(surprise(v));
+        nan |= v != v;
+        sure |= v > T(0.99);
+      }
     }
     entropy = of_warp(entropy), nan = of_warp(nan), sure = of_warp(sure);
-    if (lane != 0) continue;
+    if (lane != 0 || j >= a.rows) continue;
     add_to(&tally->count, 1);
     add_to(&tally->nan, nan > 0);
     add_to(&tally->sure, nan == 0 && sure > 0);

@@ -19,7 +19,7 @@ struct MaxoutPlace {
   __device__ __forceinline__ explicit MaxoutPlace(const MaxoutShape& s) {
     y = (int64_t(blockIdx.x) * kMaxoutThreads + threadIdx.x) * N;
     mine = y < s.outer * s.groups * s.inner;
-    const int64_t group = (y | s.inner) >> 32 == 0 ? uint32_t(y) / uint32_t(s.inner) : y / s.inner;
+    const int64_t group = divided(y, s.inner);
     x = group * s.pieces * s.inner + (y - group * s.inner);
   }
 };
