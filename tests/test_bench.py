@@ -497,7 +497,8 @@ def test_no_activation_saves_more_than_torch():
 
 def test_saved_bytes_stand_in_the_table_and_the_file(report_file):
     report = Report.load(report_file)
-    assert [(row.op, row.dtype) for row in report.saved] == [(an_op(), "float32")]
+    assert [(row.op, row.dtype) for row in report.saved] == [(an_op(), "float32"), (f"precise_{an_op()}", "float32")]
+    assert (report.saved[0].ours, report.saved[1].ours) == (Kept(4, 0, 0), Kept(0, 4, 0))
     report.saved = [dataclasses.replace(report.saved[0], ours=Kept(0, 0, 1 / 8), torch=Kept(4, 0, 4 + 8 / 65536))]
     line = [*saved_table(report.saved)][2]
     assert " ".join(line.split()) == f"float32 {an_op()} 0.125 other 8 output 4, other 4"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from fastact._registry import precise
 from fastact.bench.cases import DTYPES, Case, torch_function
 
 
@@ -41,14 +42,14 @@ class Saved:
 
 
 def saved_bytes(cases: Iterable[Case], device: str) -> list[Saved]:
-    """Once for every op and dtype among the cases, with the parameters they have."""
+    """Once for every op and dtype among the cases, with the parameters they have; and with `precise_grad`, where there is it."""
     distinct = {(case.row.name, case.dtype): case for case in cases}
     rows = []
     for (op, dtype), case in distinct.items():
-        ours, theirs = (
-            kept(function, dtype, case.args, device) for function in (case.row.function, torch_function(case.row)[0])
-        )
-        rows.append(Saved(op, dtype, ours, theirs))
+        theirs = kept(torch_function(case.row)[0], dtype, case.args, device)
+        for row in (case.row, precise.get(f"precise_{op}")):
+            if row:
+                rows.append(Saved(row.name, dtype, kept(row.function, dtype, case.args, device), theirs))
     return rows
 
 
@@ -70,12 +71,12 @@ def kept(function: Callable[..., Tensor], dtype: str, args: tuple[Any, ...], dev
 
 def saved_table(rows: list[Saved]) -> Iterator[str]:
     yield "saved for the backward, bytes per element"
-    yield f"  {'dtype':8}  {'op':16} {'fastact':>8}  {'which':20} {'torch':>8}  which"
+    yield f"  {'dtype':8}  {'op':22} {'fastact':>8}  {'which':20} {'torch':>8}  which"
     above = ""
     for row in sorted(rows, key=lambda row: list(DTYPES).index(row.dtype)):  # stable
         dtype, above = ("" if row.dtype == above else row.dtype), row.dtype
         ours, theirs = (f"{_number(kept.total):>8}  {_which(kept):20}" for kept in (row.ours, row.torch))
-        yield f"  {dtype:8}  {row.op:16} {ours} {theirs}".rstrip()
+        yield f"  {dtype:8}  {row.op:22} {ours} {theirs}".rstrip()
 
 
 def _which(kept: Kept) -> str:
