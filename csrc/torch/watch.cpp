@@ -27,7 +27,7 @@ struct Frame {
   int64_t next = 0;
 };
 thread_local std::vector<Frame> frames;
-thread_local Layers last;
+thread_local std::vector<std::weak_ptr<Layer>> last;  // which must not keep a closed monitor's memory
 thread_local const Layers* next_backward = nullptr;
 
 const Eyes*& eyes(c10::DeviceType type) {
@@ -205,7 +205,12 @@ void computed(const Kind& kind, const Tensor& y) {
   }
 }
 
-Layers noted() { return std::exchange(last, {}); }
+Layers noted() {
+  Layers layers;
+  for (const auto& layer : std::exchange(last, {}))
+    if (auto held = layer.lock()) layers.push_back(std::move(held));
+  return layers;
+}
 
 void look(Layer& layer, int side, const Tensor& given) {
   const std::shared_ptr<Monitor> monitor = layer.monitor.lock();
