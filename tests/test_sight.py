@@ -410,6 +410,28 @@ def test_one_of_every_steps() -> None:
     assert act.gradient_in.count.tolist() == [160.0] * 3
 
 
+def test_a_step_without_a_call_is_none() -> None:
+    net = Net()
+    with fastact.monitor(net) as watch:
+        for _ in range(2):
+            train(net, 1, torch.optim.SGD(net.parameters(), 0.01))
+            watch.step()
+            watch.step()
+    assert watch.history().layers[0].steps.tolist() == [0, 1]
+
+
+def test_unit_dims() -> None:
+    net = nn.Sequential(nn.Conv1d(3, 5, 1), fastact.ReLU(), nn.Tanh(), nn.Flatten(), fastact.Sigmoid())
+    x = torch.randn(4, 3, 7)
+
+    def found(**options: Any) -> list[int | None]:
+        return [layer.unit_dim for layer in watched(net, lambda: net(x), **options).layers]
+
+    assert found() == [1, 2, 1]  # behind a convolution its channels, else the last
+    assert found(unit_dim=0) == [0, 0, 0]
+    assert found(unit_dim={"2": -2}) == [1, 1, 1]
+
+
 def test_many_steps_are_taken_in() -> None:
     net = Net()
     with fastact.monitor(net) as watch:

@@ -155,10 +155,9 @@ class Watch:
             if ours or torchs or not type(module).__module__.startswith("torch."):
                 scope = len(self._places)
                 self._places.append(_Place(path, shared, ours or torchs, ours))
-                if isinstance(unit_dim, Mapping):
-                    dim = unit_dim.get(path, _BY_RANK)
-                else:
-                    dim = unit_dim if unit_dim is not None else 1 if isinstance(before, _CHANNELS) else _BY_RANK
+                dim = 1 if isinstance(before, _CHANNELS) else _BY_RANK
+                if unit_dim is not None:
+                    dim = unit_dim.get(path, dim) if isinstance(unit_dim, Mapping) else unit_dim
                 enter, leave = _Hook(self, Watch._enter, scope, dim), _Hook(self, Watch._leave, scope, dim)
                 self._handles.append(module.register_forward_pre_hook(enter))
                 self._handles.append(module.register_forward_hook(leave, always_call=True))
