@@ -42,7 +42,7 @@ class Saved:
 
 
 def saved_bytes(cases: Iterable[Case], device: str) -> list[Saved]:
-    """Once for every op and dtype among the cases, with the parameters they have; and with `precise_grad`, where there is it."""
+    """For every op and dtype among the cases, with the parameters they have; and with `precise_grad`, where they take it."""
     distinct = {(case.row.name, case.dtype): case for case in cases}
     rows = []
     for (op, dtype), case in distinct.items():
