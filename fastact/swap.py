@@ -288,6 +288,9 @@ class functional_patch(ContextDecorator, TorchFunctionMode):
         # A subclass may care which function it is that it gets.
         if type(x) not in (Tensor, nn.Parameter) or len(rest) >= len(known.arguments) or not given.keys() <= {*known.arguments}:
             return func(*args, **kwargs)
+        # A name for a dim: torch before 2.13 has tensors with such.
+        if any(isinstance(value, str) for value in (*rest, *given.values())):
+            return func(*args, **kwargs)
         return known.ours(x, *rest, **given, **known.fixed)
 
 
