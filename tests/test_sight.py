@@ -541,6 +541,7 @@ def test_compiled_models() -> None:
     [
         ({"every": 0}, ValueError, "every must be positive, but is 0"),
         ({"every": 1.5}, TypeError, "argument 'every' must be int, not float"),
+        ({"every": None}, TypeError, "argument 'every' must be int, not NoneType"),
         ({"sample": -1}, ValueError, "sample must be positive, but is -1"),
         ({"unit_dim": {"no.such": 1}}, ValueError, r"unit_dim names no module of the model: \['no.such'\]"),
     ],

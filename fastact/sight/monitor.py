@@ -110,10 +110,10 @@ class Watch:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"monitor(): argument 'model' must be a torch.nn.Module, not {type(model).__name__}")
-        for name, number in (("every", every), ("sample", sample)):
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+        for name, number in (("every", every), ("sample", 1 if sample is None else sample)):
+            if isinstance(number, bool) or not isinstance(number, int):
                 raise TypeError(f"monitor(): argument '{name}' must be int, not {type(number).__name__}")
-            if number is not None and number < 1:
+            if number < 1:
                 raise ValueError(f"monitor(): {name} must be positive, but is {number}")
         self.every, self.sample = every, sample
         self._loss = type(loss).__name__ if isinstance(loss, nn.Module) else loss
@@ -134,8 +134,8 @@ class Watch:
         self._maker: int | None = None  # which layer the model's output comes from; -1: none
         self._history: History | None = None
         self._recording = True
+        self._hook(model, unit_dim)  # which may raise
         self._core.start()
-        self._hook(model, unit_dim)
 
     # ---- Hooks -----------------------------------------------------------------------------------------------------------
 
