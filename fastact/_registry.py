@@ -16,6 +16,8 @@ from fastact import _C
 
 P = ParamSpec("P")
 
+KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
 
 @dataclass(frozen=True)
 class Row:

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from fastact import _registry
-from fastact._registry import Row
-
-KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from fastact._registry import KERNEL_DTYPES, Row
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

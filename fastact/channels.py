@@ -29,12 +29,11 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from fastact import _C
+from fastact._registry import KERNEL_DTYPES
 
 __all__ = ["Maxout", "PReLU", "channel_scaled_sigmoid", "maxout", "prelu"]
 
 P = ParamSpec("P")
-
-_KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 # The public functions with parameters by name, and the reference of each.
 functions: dict[str, Callable[..., Tensor]] = {}
@@ -49,7 +48,7 @@ def _plain(t: Tensor, like: Tensor) -> bool:
 
 def _has_kernel(x: Tensor, *parameters: Tensor) -> bool:
     return (
-        x.dtype in _KERNEL_DTYPES
+        x.dtype in KERNEL_DTYPES
         and _plain(x, x)
         and all(_plain(p, x) for p in parameters)
         and (x.is_cpu or _C.device_has_kernels(str(x.device)))
