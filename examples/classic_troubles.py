@@ -5,7 +5,8 @@
 
 The data are the 1797 real 8x8 images of digits that come with scikit-learn. For each trouble one sees the question, what
 `fastact.monitor` measured, the verdicts of its report and the effect of the cure on held-out images; the report's figures are
-saved in the folder that --output names. A run takes seconds on two CPU cores.
+saved in the folder that --output names. All five take two to three minutes on
+two CPU cores.
 """
 
 import argparse
