@@ -467,6 +467,17 @@ def test_nothing_is_left_behind() -> None:
     assert not _C.monitors()
 
 
+@pytest.mark.parametrize("activation", [fastact.Tanh, nn.Tanh])
+def test_closed_by_a_hook(activation: Callable[[], nn.Module]) -> None:
+    net = activation()
+    net.register_forward_hook(lambda *_: watch.close())
+    before = hooks(net)
+    watch = fastact.monitor(net)
+    net(torch.ones(5, 8, requires_grad=True)).sum().backward()
+    assert hooks(net) == before
+    assert not _C.monitors()
+
+
 def test_after_an_exception() -> None:
     class Fails(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -417,6 +417,43 @@ py::dict describe(const watch::Layer& l) {
   return d;
 }
 
+/// A module of the watched model, as its hooks know it. `activation`: it is one itself, so that an output that no kernel of
+/// ours has made is looked at too.
+struct Place {
+  std::shared_ptr<watch::Monitor> monitor;
+  int64_t scope;
+  bool activation;
+};
+
+const Place& place_of(PyObject* capsule) { return *static_cast<Place*>(PyCapsule_GetPointer(capsule, nullptr)); }
+
+PyObject* enter(PyObject* self, PyObject*) {
+  HANDLE_TH_ERRORS
+  const Place& place = place_of(self);
+  place.monitor->enter(place.scope);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* leave(PyObject* self, PyObject*) {
+  HANDLE_TH_ERRORS
+  const Place& place = place_of(self);
+  return PyBool_FromLong(place.monitor->leave(place.scope) == 0 && place.activation);
+  END_HANDLE_TH_ERRORS
+}
+
+/// The scope of a new place, and what its hooks call: enter(), and leave(), which says whether the output is theirs to look at.
+/// Built-in functions, since every forward calls both.
+py::tuple add_place(const std::shared_ptr<watch::Monitor>& monitor, int64_t unit_dim, bool activation) {
+  static PyMethodDef methods[] = {{"enter", enter, METH_NOARGS, nullptr}, {"leave", leave, METH_NOARGS, nullptr}};
+  const int64_t scope = monitor->add_scope(unit_dim);
+  const py::capsule place(new Place{monitor, scope, activation}, [](void* p) { delete static_cast<Place*>(p); });
+  const auto function = [&](PyMethodDef& method) {
+    return py::reinterpret_steal<py::object>(PyCFunction_New(&method, place.ptr()));
+  };
+  return py::make_tuple(scope, function(methods[0]), function(methods[1]));
+}
+
 void define_monitor(py::module_& m) {
   using watch::Layer;
   using watch::Monitor;
@@ -427,14 +464,17 @@ void define_monitor(py::module_& m) {
       .def(py::init<int64_t>(), py::arg("sample"))
       .def("start", &Monitor::start)
       .def("close", &Monitor::close)
-      .def("enter", &Monitor::enter)
-      .def("leave", &Monitor::leave)
+      .def("add_place", &add_place)
       .def("output",
-           [](Monitor& monitor, int64_t scope, int64_t unit_dim, const std::string& name, const std::vector<double>& parameters,
-              std::optional<int64_t> dim, py::handle y) {
-             monitor.know(scope, unit_dim);
-             return monitor.output(scope, kind_of(name, parameters, dim), THPVariable_Unpack(y.ptr()));
-           })
+           [](Monitor& monitor, int64_t scope, const std::string& name, const std::vector<double>& parameters,
+              std::optional<int64_t> dim,
+              py::handle y) { return monitor.output(scope, kind_of(name, parameters, dim), THPVariable_Unpack(y.ptr())); })
+      .def_property(
+          "running", [](const Monitor& monitor) { return monitor.running.load(); },
+          [](Monitor& monitor, bool is) { monitor.running = is; })
+      .def_property(
+          "recording", [](const Monitor& monitor) { return monitor.recording.load(); },
+          [](Monitor& monitor, bool is) { monitor.recording = is; })
       .def_property_readonly("gradients", [](const Monitor& monitor) { return monitor.gradients.load(); })
       .def(
           "maker_of",

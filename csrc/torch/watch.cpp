@@ -116,7 +116,7 @@ std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, i
 
 std::shared_ptr<Layer> layer_at(Monitor& m, int64_t scope, int64_t position, const Kind& kind, const Tensor& y) {
   const std::lock_guard<std::mutex> lock(m.mutex);
-  Scope& s = m.scopes[scope];
+  Scope& s = m.scopes[size_t(scope)];
   if (int64_t(s.layers.size()) <= position) s.layers.resize(size_t(position) + 1);
   std::shared_ptr<Layer>& layer = s.layers[size_t(position)];
   if (!layer || layer->device != y.device() || strcmp(layer->kind.name, kind.name) != 0)
@@ -163,14 +163,15 @@ void Monitor::close() {
   if (open.exchange(false)) --monitors;
 }
 
-void Monitor::know(int64_t scope, int64_t unit_dim) {
+int64_t Monitor::add_scope(int64_t unit_dim) {
   const std::lock_guard<std::mutex> lock(mutex);
-  scopes.try_emplace(scope, Scope{unit_dim});
+  scopes.push_back({unit_dim, {}});
+  return int64_t(scopes.size()) - 1;
 }
 
-void Monitor::enter(int64_t scope, int64_t unit_dim) {
-  know(scope, unit_dim);
-  frames.push_back({shared_from_this(), scope});
+void Monitor::enter(int64_t scope) {
+  running = true;
+  if (recording) frames.push_back({shared_from_this(), scope});
 }
 
 int64_t Monitor::leave(int64_t scope) {

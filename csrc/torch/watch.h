@@ -86,7 +86,9 @@ struct Scope {
 struct Monitor : std::enable_shared_from_this<Monitor> {
   int64_t sample;  // at most so many elements of a tensor; 0: all
   std::atomic<bool> open = false;
-  std::map<int64_t, Scope> scopes;
+  std::atomic<bool> running = false;   // whether a module was entered since this was last set to false
+  std::atomic<bool> recording = true;  // what is entered otherwise is not looked at
+  std::deque<Scope> scopes;
   std::vector<std::shared_ptr<Layer>> layers;       // in the order of their first calls
   std::map<std::string, std::deque<Chunk>> chunks;  // by device
   std::mutex mutex;
@@ -100,10 +102,10 @@ struct Monitor : std::enable_shared_from_this<Monitor> {
   ~Monitor() { close(); }
   void start();
   void close();
-  /// What its calls have as their unit dimension.
-  void know(int64_t scope, int64_t unit_dim);
+  /// A new scope. `unit_dim`: that of its calls.
+  int64_t add_scope(int64_t unit_dim);
   /// From now on, in this thread, calls of activations belong to that scope; until it is left.
-  void enter(int64_t scope, int64_t unit_dim);
+  void enter(int64_t scope);
   /// How many calls of ours there were; -1 where it was not entered.
   int64_t leave(int64_t scope);
   /// For an output that no op of ours has computed.

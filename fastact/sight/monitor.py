@@ -90,11 +90,36 @@ class _Hook:
         if torch.compiler.is_compiling():
             return
         watch = self._watch()
-        if watch is not None:
+        if watch is not None and watch._history is None:  # which another hook may have closed
             self._call(watch, module, output, *self._arguments)
 
     def __reduce__(self) -> Any:
         return _no_hook, ()
+
+
+# Every activation calls the next two, so that they do no more in Python than they must.
+_compiling = torch.compiler.is_dynamo_compiling
+
+
+class _Enter(_Hook):
+    def __init__(self, enter: Callable[[], None]) -> None:
+        self._enter = enter
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        if not _compiling():
+            self._enter()
+
+
+class _Leave(_Hook):
+    """Calls on where the output is still to be looked at."""
+
+    def __init__(self, leave: Callable[[], bool], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._leave = leave
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        if not _compiling() and self._leave():
+            super().__call__(module, args, output)
 
 
 class Watch:
@@ -127,13 +152,11 @@ class Watch:
         self._done: list[_Step] = []
         self._pending: list[_Copies] = []
         self._step = 0
-        self._running = False  # whether the model was called since the last step ended
         self._training = model.training
         self._versions = 0  # of the parameters, when the step began
         self._gradients = 0  # how many the kernels had looked at when the step began
         self._maker: int | None = None  # which layer the model's output comes from; -1: none
         self._history: History | None = None
-        self._recording = True
         self._hook(model, unit_dim)  # which may raise
         self._core.start()
 
@@ -153,14 +176,14 @@ class Watch:
             ours, torchs = isinstance(module, _OURS), type(module) in _TORCHS
             leaf = next(module.children(), None) is None
             if ours or torchs or not type(module).__module__.startswith("torch."):
-                scope = len(self._places)
                 self._places.append(_Place(path, shared, ours or torchs, ours))
                 dim = 1 if isinstance(before, _CHANNELS) else _BY_RANK
                 if unit_dim is not None:
                     dim = unit_dim.get(path, dim) if isinstance(unit_dim, Mapping) else unit_dim
-                enter, leave = _Hook(self, Watch._enter, scope, dim), _Hook(self, Watch._leave, scope, dim)
-                self._handles.append(module.register_forward_pre_hook(enter))
-                self._handles.append(module.register_forward_hook(leave, always_call=True))
+                scope, enter, leave = self._core.add_place(dim, ours or torchs)
+                hook = _Leave(leave, self, Watch._look_at_output, scope)
+                self._handles.append(module.register_forward_pre_hook(_Enter(enter)))
+                self._handles.append(module.register_forward_hook(hook, always_call=True))
             if leaf:
                 before = module
 
@@ -176,35 +199,27 @@ class Watch:
         self._handles.append(register_optimizer_step_post_hook(stepped))
 
     def _called(self, module: nn.Module, output: Any) -> None:
-        if self._running:
+        if self._core.running:
             trained = self._core.gradients != self._gradients and self._updated(module)
             if trained or not module.training or not self._training:
                 self.step()
-        if not self._running:
+        if not self._core.running:
             self._versions = _versions(module)
-        self._training, self._running = module.training, True
+        self._training, self._core.running = module.training, True
 
     def _updated(self, module: nn.Module) -> bool:
         """Since the step began; or whether a new one is prepared."""
         return _versions(module) != self._versions or all(p.grad is None for p in module.parameters())
 
     def _returned(self, module: nn.Module, output: Any) -> None:
-        if self._recording and type(output) is Tensor and output.device.type in ("cpu", "cuda"):
+        if self._core.recording and type(output) is Tensor and output.device.type in ("cpu", "cuda"):
             self._maker = self._core.maker_of(output)
 
-    def _enter(self, module: nn.Module, output: Any, scope: int, unit_dim: int) -> None:
-        self._running = True
-        if self._recording:
-            self._core.enter(scope, unit_dim)
-
-    def _leave(self, module: nn.Module, output: Any, scope: int, unit_dim: int) -> None:
-        if not self._recording:
-            return
-        counted = self._core.leave(scope)
-        if counted != 0 or not self._places[scope].activation or type(output) not in (Tensor, nn.Parameter):
+    def _look_at_output(self, module: nn.Module, output: Any, scope: int) -> None:
+        if type(output) not in (Tensor, nn.Parameter):
             return
         name, parameters, dim = _kind(module, output)
-        layer = self._core.output(scope, unit_dim, name, parameters, dim, output.detach())
+        layer = self._core.output(scope, name, parameters, dim, output.detach())
         if layer is None or output.grad_fn is None:
             return
 
@@ -217,7 +232,7 @@ class Watch:
 
     def _optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
         model = self._model()
-        if model is None or not self._running:
+        if model is None or not self._core.running:
             return
         own = {id(p) for p in model.parameters()}
         if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
@@ -227,15 +242,15 @@ class Watch:
 
     def step(self) -> None:
         """Ends a step: what comes after it belongs to the next one."""
-        if self._history is not None or not self._running:
+        if self._history is not None or not self._core.running:
             return
-        if self._recording:
+        if self._core.recording:
             self._pending.append(_Copies.of(self._step, self._training, self._core))
             if len(self._pending) >= PENDING:
                 self._take_in(wait=False)
         self._step += 1
-        self._running, self._gradients = False, self._core.gradients
-        self._recording = self._step % self.every == 0
+        self._core.running, self._gradients = False, self._core.gradients
+        self._core.recording = self._step % self.every == 0
 
     def _take_in(self, wait: bool) -> None:
         layers = None
