@@ -64,13 +64,15 @@ def activation(*, autocast: bool = False) -> Callable[[Callable[P, Tensor]], Cal
     def decorate(reference: Callable[P, Tensor]) -> Callable[P, Tensor]:
         name, signature = reference.__name__, inspect.signature(reference)
         names = tuple(signature.parameters)
-        op = getattr(torch.ops.fastact, name).default
+        op, direct = getattr(torch.ops.fastact, name).default, _C.make_direct(name)
         plain: Callable[..., Tensor] = reference
 
         @functools.wraps(reference)
         def function(*args: Any, **keywords: Any) -> Any:
             if torch.compiler.is_compiling():
                 return plain(*args, **keywords)
+            if not keywords and (y := direct(*args)) is not None:
+                return y
             if keywords or len(args) != len(names):
                 args = signature.bind(*args, **keywords).args
             if has_torch_function_variadic(*args):
@@ -132,6 +134,7 @@ def channel_scaled_sigmoid(x: Tensor, scale: Tensor, slope: Tensor) -> Tensor:
     return scale * torch.sigmoid(slope * x)
 
 
+_direct_maxout = _C.make_direct("maxout")
 _MOST_PIECES = 255  # what counts up to it fits into the byte per result that is saved
 
 
@@ -150,8 +153,12 @@ def maxout(x: Tensor, pieces: int, dim: int = 1) -> Tensor:
     up to 255 pieces. Error: none. Raises `ValueError` where `pieces` is not positive or does not divide the size, `IndexError`
     for a dim out of range.
     """
-    if not torch.compiler.is_compiling() and has_torch_function_unary(x):
-        return handle_torch_function(maxout, (x,), x, pieces, dim)
+    if not torch.compiler.is_compiling():
+        if has_torch_function_unary(x):
+            return handle_torch_function(maxout, (x,), x, pieces, dim)
+        known = type(x) is Tensor and type(pieces) is type(dim) is int and 0 < pieces <= _MOST_PIECES
+        if known and x.size(dim) % pieces == 0 and (y := _direct_maxout(x, pieces, dim)) is not None:
+            return y
     if not isinstance(x, Tensor):
         raise TypeError(f"maxout(): argument 'x' (position 1) must be Tensor, not {type(x).__name__}")
     for position, (name, number) in enumerate((("pieces", pieces), ("dim", dim))):

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastact
-from fastact import channels
+from fastact import _C, channels
 
 # torch itself calls it, the first time that forward mode is used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -554,6 +554,32 @@ def test_torch_function_sees_the_call(name: str, random: Any) -> None:
         pass
 
     assert type(function(inputs[0].as_subclass(Labelled), *inputs[1:])) is Labelled
+
+
+def test_what_the_quick_entry_takes(random: Any) -> None:
+    class Mode(TorchFunctionMode):
+        pass
+
+    class Labelled(Tensor):
+        pass
+
+    prelu, maxout = _C.make_direct("prelu"), _C.make_direct("maxout")
+    x, weight = random((2, 4)), random(4)
+    assert torch.equal(prelu(x, weight), F.prelu(x, weight))
+    assert torch.equal(prelu(x, nn.Parameter(weight)), F.prelu(x, weight))
+    assert torch.equal(maxout(x, 2, 1), x.unflatten(1, (2, 2)).amax(2))
+    others: list[tuple[Any, ...]] = [(x,), (x, weight, weight), (x, 0.5), (x, weight.float()), (x.int(), weight.int())]
+    others += [(x.to_sparse(), weight), (x.as_subclass(Labelled), weight), (x, None)]
+    if DEVICE != "cpu":
+        others.append((x, weight.cpu()))
+    for arguments in others:
+        assert prelu(*arguments) is None
+    for arguments in ((x, 2), (x, True, 1), (x, 2.0, 1), (x, 2**70, 1), (x, 2, None)):
+        assert maxout(*arguments) is None
+    with Mode():
+        assert prelu(x, weight) is None
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert prelu(x, weight) is None
 
 
 @each_name

@@ -2,6 +2,7 @@
 // the package asks about the build.
 #include <ATen/Parallel.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
 #include <c10/core/Device.h>
 #include <pybind11/pybind11.h>
@@ -262,6 +263,45 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject
   END_HANDLE_TH_ERRORS
 }
 
+/// Calls an op of tensors and ints without torch's parser of arguments, and returns its first result: where all tensors are
+/// exactly torch's, of one dtype and device that has kernels, outside autocast and modes. Else nothing has happened, and it
+/// returns None.
+PyObject* call_direct(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const auto& op = *static_cast<c10::OperatorHandle*>(PyCapsule_GetPointer(self, nullptr));
+  const auto& arguments = op.schema().arguments();
+  if (size_t(count) != arguments.size() || at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
+  torch::jit::Stack stack;
+  stack.reserve(size_t(count));
+  const Tensor* first = nullptr;
+  for (size_t k = 0; k < size_t(count); ++k) {
+    if (arguments[k].type()->kind() == c10::TypeKind::TensorType) {
+      if (!THPVariable_CheckExact(args[k])) Py_RETURN_NONE;
+      const Tensor& t = THPVariable_Unpack(args[k]);
+      if (!first) first = &t;
+      if (!has_kernel(t) || t.scalar_type() != first->scalar_type() || t.device() != first->device()) Py_RETURN_NONE;
+      stack.emplace_back(t);
+    } else {
+      if (!PyLong_CheckExact(args[k])) Py_RETURN_NONE;
+      int overflow = 0;
+      stack.emplace_back(int64_t(PyLong_AsLongLongAndOverflow(args[k], &overflow)));
+      if (overflow) Py_RETURN_NONE;
+    }
+  }
+  if (!first || at::autocast::is_autocast_enabled(first->device().type())) Py_RETURN_NONE;
+  unlocked(*first, [&] { op.callBoxed(&stack); });
+  return THPVariable_Wrap(stack[0].toTensor());
+  END_HANDLE_TH_ERRORS
+}
+
+py::object make_direct(const std::string& name) {
+  static PyMethodDef method = {"direct", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_direct)),
+                               METH_FASTCALL, nullptr};
+  auto op = c10::Dispatcher::singleton().findSchemaOrThrow(("fastact::" + name).c_str(), "");
+  const py::capsule self(new c10::OperatorHandle(op), [](void* p) { delete static_cast<c10::OperatorHandle*>(p); });
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&method, self.ptr()));
+}
+
 int row_named(const std::string& name) {
   for (int row = 0; row < kRowCount; ++row)
     if (name == kRows[row].name) return row;
@@ -507,6 +547,8 @@ PYBIND11_MODULE(_C, m) {
   using namespace fastact;
   m.doc() = "The compiled half of fastact.";
   m.def("make_function", &make_function);
+  m.def("make_direct", &make_direct,
+        "A quick way to call an op of tensors and ints; it returns None where it is not for them.");
   m.def("rows", &rows, "(name, functor, parameter names) of every elementwise activation.");
   m.def("rows_along_dim", &rows_along_dim, "(name, functor) of every activation along a dim: softmax and its relatives.");
   m.def("saves_input", &saves_input, "Whether backward wants the input rather than the output.");
