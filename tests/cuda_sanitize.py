@@ -1,4 +1,4 @@
-"""A short program for compute-sanitizer: every kernel, and every way in which softmax cuts its rows, in at most 200 launches.
+"""A short program for compute-sanitizer: every kernel, and every way in which softmax cuts its rows, in at most 300 launches.
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python3 tests/cuda_sanitize.py
 
@@ -9,17 +9,20 @@ an access beyond it is seen.
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastact
-from fastact._registry import elementwise
+from fastact._registry import along_dim, elementwise
+from fastact.channels import references
 
-MOST_LAUNCHES = 200
+MOST_LAUNCHES = 300
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
 # (outer, length, inner) and how many launches one call makes at most. Along memory: parts of a warp, a warp, a block of
@@ -30,8 +33,10 @@ SHAPES = [
     ((2, 16384, 1), 1), ((2, 32768, 1), 1), ((1, 65537, 1), 1), ((1, 300001, 1), 3),
     ((4, 10, 8), 1), ((3, 21, 65), 1), ((2, 100, 33), 1), ((1, 1000, 40), 1), ((1, 5000, 16), 1), ((1, 70000, 8), 3),
 ]  # fmt: skip
-# The other two dtypes have the same code with other widths.
+# The other two dtypes have the same code with other widths, and log_softmax cuts its rows as softmax does.
 FEW_SHAPES = [SHAPES[k] for k in (1, 4, 6, 10, 12)]
+# Channels whose elements lie apart or together, few and many, that vectors divide and that they do not.
+CHANNEL_SHAPES = [(300, 64), (3, 5, 129), (2, 16, 3000)]
 
 generator = torch.Generator("cpu").manual_seed(1)
 launches = 0
@@ -45,7 +50,7 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def on_gpu(t: Tensor, offset: int = 0) -> Tensor:
     """A copy that begins `offset` elements after an aligned address, and ends where its memory ends."""
     buffer = torch.empty(t.numel() + offset, dtype=t.dtype, device="cpu")
-    buffer[:offset] = math.nan
+    buffer[:offset] = math.nan if t.is_floating_point() else 255
     buffer[offset:] = t.flatten()
     return buffer.to("cuda")[offset:].view(t.shape)
 
@@ -56,17 +61,20 @@ def compare(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> No
         failures.append(f"{what}: off by {error:.3g}, allowed {tolerance:.3g}")
 
 
-def check(what: str, of_device: Callable[..., Tensor], tensors: list[Tensor], offsets: list[int], count: int) -> None:
+def check(what: str, of_device: Callable[..., Any], tensors: list[Tensor], offsets: list[int], count: int) -> None:
     """The op on the GPU beside the op on the CPU. float32 and float64 sums differ in their order only; 16-bit results of size
-    below 64, as here, by a step.
+    below 64, as here, by a step; and bytes, which are indices, not at all.
     """
     global launches
     launches += count
-    dtype = tensors[0].dtype
+    eps = torch.finfo(tensors[0].dtype).eps * (1 if tensors[0].dtype.itemsize == 2 else 64)
     actual = of_device(*(on_gpu(t, offset) for t, offset in zip(tensors, offsets, strict=True)))
     expected = of_device(*tensors)
-    scale = max(1.0, expected.double().abs().max().item())
-    compare(what, actual, expected, scale * torch.finfo(dtype).eps * (1 if dtype.itemsize == 2 else 64))
+    if isinstance(actual, Tensor):
+        actual, expected = (actual,), (expected,)
+    for a, e in zip(actual, expected, strict=True):
+        scale = max(1.0, e.double().abs().max().item())
+        compare(what, a, e, scale * eps if e.is_floating_point() else 0)
 
 
 def elementwise_launches() -> None:
@@ -90,14 +98,64 @@ def elementwise_launches() -> None:
 
 def softmax_launches() -> None:
     for dtype in DTYPES:
-        for number, (shape, count) in enumerate(SHAPES if dtype in DTYPES[:2] else FEW_SHAPES):
-            offset = number % 2
-            x, dy = draw(shape, dtype), draw(shape, dtype)
-            y = torch.ops.fastact.softmax(x, 1)
-            what = f"softmax {dtype} {shape}"
-            check(what, lambda x: torch.ops.fastact.softmax(x, 1), [x], [offset], count)
-            gradient = lambda dy, y: torch.ops.fastact.softmax_backward(dy, y, 1)  # noqa: E731
-            check(f"{what} gradient", gradient, [dy, y], [0, offset], count)
+        for row in along_dim.values() if dtype in DTYPES[:2] else [along_dim["softmax"]]:
+            all_shapes = row.name == "softmax" and dtype in DTYPES[:2]
+            for number, (shape, count) in enumerate(SHAPES if all_shapes else FEW_SHAPES):
+                offset = number % 2
+                x, dy = draw(shape, dtype), draw(shape, dtype)
+                y = row.op(x, 1)
+                what = f"{row.name} {dtype} {shape}"
+                check(what, lambda x, row=row: row.op(x, 1), [x], [offset], count)
+                gradient = lambda dy, y, row=row: row.backward_op(dy, y, 1)  # noqa: E731
+                check(f"{what} gradient", gradient, [dy, y], [0, offset], count)
+
+
+def channel_launches() -> None:
+    for dtype in DTYPES[:2]:
+        for name, reference in references.items():
+            forward, backward = getattr(torch.ops.fastact, name), getattr(torch.ops.fastact, name + "_backward")
+            count = len(inspect.signature(reference).parameters) - 1
+            for number, shape in enumerate(CHANNEL_SHAPES):
+                x, dy = draw(shape, dtype), draw(shape, dtype)
+                parameters = [draw((shape[1],), dtype) for _ in range(count)]
+                offsets = [number % 2] * (1 + count)
+                check(f"{name} {dtype} {shape}", forward, [x, *parameters], offsets, 1)
+                # A launch for x and the sums of the blocks, and one for each parameter.
+                check(f"{name} {dtype} {shape} gradients", backward, [dy, x, *parameters], [0, *offsets], 1 + count)
+
+
+def maxout_launches() -> None:
+    ops = torch.ops.fastact
+    for dtype in DTYPES[:2]:
+        for shape, pieces in [((7, 33), 3), ((5, 6, 64), 2), ((5, 6, 33), 3)]:
+            what = f"maxout {dtype} {shape}"
+            x = draw(shape, dtype)
+            check(what, lambda x, pieces=pieces: ops.maxout(x, pieces, 1), [x], [1], 1)
+            y, index = ops.maxout(x, pieces, 1)
+            dy = draw(tuple(y.shape), dtype)
+            gradient = lambda dy, index, pieces=pieces: ops.maxout_backward(dy, index, pieces, 1)  # noqa: E731
+            check(f"{what} gradient", gradient, [dy, index], [1, 1], 1)
+
+
+def look_launches() -> None:
+    """What a monitor counts of an output, its rows and two gradients; of all elements, and of a sample."""
+    global launches
+    for dtype in DTYPES[:2]:
+        x = draw((33, 129), dtype)
+        for sample in (None, 256):
+            counts = []
+            for given in (x, on_gpu(x)):
+                model = torch.nn.Sequential(fastact.ReLU(), fastact.Softmax(1))
+                leaf = given.clone().requires_grad_()
+                with fastact.monitor(model, sample=sample) as watch:
+                    model(leaf).float().square().sum().backward()
+                counts.append([
+                    [*map(float, (s.count[0], s.nan[0], s.infinite[0], s.histogram.sum()))]
+                    for layer in watch.history().layers for s in (layer.output, layer.gradient_in, layer.gradient_out)
+                ])  # fmt: skip
+            launches += 7
+            expected, actual = map(torch.tensor, counts)
+            compare(f"monitor {dtype}, sample {sample}", actual, expected, 0)
 
 
 def main() -> int:
@@ -106,6 +164,9 @@ def main() -> int:
         return 2
     elementwise_launches()
     softmax_launches()
+    channel_launches()
+    maxout_launches()
+    look_launches()
     torch.cuda.synchronize()
     if launches > MOST_LAUNCHES:
         failures.append(f"{launches} launches: more than the {MOST_LAUNCHES} that a slow tool can follow")

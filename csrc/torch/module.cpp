@@ -86,16 +86,7 @@ bool device_has_kernels(c10::Device device) {
 }
 
 bool has_kernel(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble:
-    case at::kFloat:
-    case at::kBFloat16:
-    case at::kHalf:
-      break;
-    default:
-      return false;
-  }
-  return x.layout() == at::kStrided && !x.is_nested() && device_has_kernels(x.device());
+  return has_kernels(x.scalar_type()) && x.layout() == at::kStrided && !x.is_nested() && device_has_kernels(x.device());
 }
 
 [[noreturn]] void bad_type(const Function& f, size_t position, const char* expected, PyObject* value) {

@@ -35,6 +35,11 @@ static constexpr SoftmaxRow kSoftmaxes[] = {FASTACT_SOFTMAXES(FASTACT_SOFTMAX_RO
 static constexpr int kSoftmaxCount = sizeof(kSoftmaxes) / sizeof(kSoftmaxes[0]);
 static_assert(kSoftmaxCount <= kMaxSoftmaxes, "raise kMaxSoftmaxes");
 
+/// Whether tensors of that dtype have kernels, on devices that have any.
+inline bool has_kernels(at::ScalarType dtype) {
+  return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
 /// Calls f with one double (as a type) per float parameter of the row: f.operator()<double, double>() for two.
 template <class F>
 auto with_arity(int arity, F&& f) {

@@ -68,17 +68,7 @@ constexpr LevelsOf kLevels[] = {FASTACT_ACTIVATIONS(FASTACT_LEVELS)};
 /// Of x, or of a copy of it, dense.
 Tensor to_dense(const Tensor& x) { return dense(x) ? x : copy_as(x, x); }
 
-bool has_eyes(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble:
-    case at::kFloat:
-    case at::kBFloat16:
-    case at::kHalf:
-      return x.layout() == at::kStrided && eyes(x.device().type());
-    default:
-      return false;
-  }
-}
+bool has_eyes(const Tensor& x) { return has_kernels(x.scalar_type()) && x.layout() == at::kStrided && eyes(x.device().type()); }
 
 std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, int64_t unit_dim, const Kind& kind,
                                   const Tensor& y) {
