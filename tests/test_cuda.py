@@ -5,6 +5,7 @@ It names its devices itself, so that it runs with `--device cpu` too, wherever t
 
 from __future__ import annotations
 
+import inspect
 import math
 import subprocess
 import sys
@@ -413,6 +414,50 @@ def test_calls_do_not_wait_for_the_device(any_row: Row, shape: tuple[int, int], 
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
     assert not waited, f"{any_row.name} of {shape} waits for the device"
+
+
+@needs_cuda
+@pytest.mark.parametrize("shape", [(300, 64), (5, 3, 1001), (2, 600001)], ids=str)
+@pytest.mark.parametrize("name", ["prelu", "channel_scaled_sigmoid", "maxout"])
+def test_parameters_and_maxout_in_streams_and_graphs(name: str, shape: tuple[int, ...], draw: Callable[..., Tensor]) -> None:
+    """In a stream that waits for its input, without waiting itself; the same in every run; and captured."""
+    function = getattr(fastact, name)
+    count = 0 if name == "maxout" else len(inspect.signature(function).parameters) - 1
+    others = [draw(shape[1]).requires_grad_() for _ in range(count)] or [3 if shape[1] % 3 == 0 else 1]
+    values, dy = draw(*shape), draw(*shape)
+
+    def call(x: Tensor) -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        y = function(leaf, *others)
+        wanted = [t for t in (leaf, *others) if isinstance(t, Tensor)]
+        return [y.detach(), *torch.autograd.grad(y, wanted, dy[:, : y.shape[1]].contiguous())]
+
+    def check(actual: list[Tensor], expected: list[Tensor], where: str) -> None:
+        for a, e in zip(actual, expected, strict=True):
+            assert_same_bits(a, e, f"{name} of {shape} {where}")
+
+    expected = call(values)
+    for _ in range(20):
+        check(call(values), expected, "once more")
+    x = torch.zeros_like(values)
+    torch.cuda.synchronize()
+    stream, busy = torch.cuda.Stream(CUDA), torch.cuda.Event()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # cycles: some 0.1 s, in which the host launches all that follows
+        busy.record()
+        x.copy_(values)
+        actual = call(x)
+        waited = busy.query()
+    stream.synchronize()
+    assert not waited, f"{name} of {shape} waits for the device"
+    check(actual, expected, "in a side stream")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call(x)
+    for number in range(20):
+        x.copy_(draw(*shape))
+        graph.replay()
+        check(results, call(x), f"replay {number}")
 
 
 @needs_cuda
