@@ -423,7 +423,7 @@ def test_parameters_and_maxout_in_streams_and_graphs(name: str, shape: tuple[int
     """In a stream that waits for its input, without waiting itself; the same in every run; and captured."""
     function = getattr(fastact, name)
     count = 0 if name == "maxout" else len(inspect.signature(function).parameters) - 1
-    others = [draw(shape[1]).requires_grad_() for _ in range(count)] or [3 if shape[1] % 3 == 0 else 1]
+    others = [draw(shape[1]).requires_grad_() for _ in range(count)] or [next(k for k in (3, 2, 1) if shape[1] % k == 0)]
     values, dy = draw(*shape), draw(*shape)
 
     def call(x: Tensor) -> list[Tensor]:
