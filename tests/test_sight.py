@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -205,6 +206,17 @@ def test_a_sample(n: int, sample: int, dtype: torch.dtype, generator: torch.Gene
         assert (side.histogram == expected).all()
 
 
+def test_rows_of_a_sample(generator: torch.Generator) -> None:
+    """As many rows as have so many elements, other ones in every call, until all had their turn."""
+    x = torch.randn(1000, 10, generator=generator)
+    x[::100, 3] = 50  # sure
+    model = fastact.Softmax(1)
+    rows = only(watched(model, *[lambda: model(x)] * 100, sample=100)).rows
+    assert rows is not None
+    assert rows.count.tolist() == [10] * 100
+    assert rows.sure.sum() == 10
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_units_of_a_sample(layout: str, generator: torch.Generator) -> None:
     x = LAYOUTS[layout](torch.randn(4, 37, 16, 16, generator=generator))
@@ -310,6 +322,31 @@ def test_names_and_shared_modules() -> None:
     nested = nn.Sequential(Net(), nn.Sequential(fastact.ReLU()))
     names = [layer.name for layer in watched(nested, lambda: nested(torch.ones(5, 8))).layers]
     assert names == ["0.act", "0/relu", "0/sigmoid", "0/relu#2", "0/softmax", "1.0"]
+
+
+def test_a_place_that_calls_now_one_and_now_another() -> None:
+    class Either(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return fastact.relu(x) if self.training else fastact.tanh(x)
+
+    model = Either()
+    x = torch.ones(3, 4)
+    calls: list[Callable[[], Any]] = []
+    for training in (True, False, True, False):
+        calls += [lambda training=training: model.train(training)(x)]
+    layers = watched(model, *calls, sample=None).layers
+    assert [(layer.name, layer.steps.tolist()) for layer in layers] == [("relu", [0, 2]), ("tanh", [1, 3])]
+    assert [layer.output.count.tolist() for layer in layers] == [[12, 12], [12, 12]]
+
+
+def test_a_layer_whose_width_changes() -> None:
+    """Its units are those of the first call; of another width there are no units to tell."""
+    model = fastact.ReLU()
+    wide = torch.zeros(3, 16)
+    layer = only(watched(model, lambda: model(torch.ones(3, 8)), lambda: model(wide), sample=None))
+    assert layer.output.count.tolist() == [24, 48]
+    assert layer.units is not None
+    assert layer.units.seen.tolist() == [[True] * 8, [False] * 8]
 
 
 def test_in_place_and_checkpointed(generator: torch.Generator) -> None:
@@ -500,6 +537,43 @@ def test_after_an_exception() -> None:
     assert [layer.name for layer in watch.history().layers] == ["0"]
 
 
+def test_after_what_is_no_exception_for_hooks() -> None:
+    """torch calls no hook where a forward pass ends by Ctrl-C. What was entered is left with the module around it."""
+
+    class Interrupted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Interrupted()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with contextlib.suppress(KeyboardInterrupt):
+                self.inner(x)
+            return x
+
+    net = Outer()
+    with fastact.monitor(net) as watch:
+        net(torch.ones(5, 8))
+        fastact.sigmoid(torch.ones(3))
+    assert not watch.history().layers
+
+
+def test_after_a_failed_backward() -> None:
+    """What comes next is not taken for it."""
+    net = fastact.Tanh()
+    x = torch.ones(5, 8, requires_grad=True)
+    with fastact.monitor(net, sample=None) as watch:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: torch.ones(2)):
+            y = net(x).sum()
+        with pytest.raises(RuntimeError, match="dy has shape"):
+            y.backward()
+        torch.ops.fastact.tanh_backward(torch.ones(3), torch.ones(3))
+    assert only(watch.history()).gradient_in.count.tolist() == [0]
+
+
 def test_a_deleted_model_and_a_forgotten_monitor() -> None:
     net = Net()
     model = weakref.ref(net)
@@ -569,14 +643,17 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], says: st
 
 
 def test_the_memory_of_a_layer() -> None:
-    net = nn.Sequential(*(fastact.ReLU() for _ in range(5)))
-    watch = fastact.monitor(net)
+    layers = 20  # so that their counters take more than one piece of memory
+    net = nn.Sequential(*(fastact.ReLU() for _ in range(layers)))
+    watch = fastact.monitor(net, sample=None)
     net(torch.ones(4, 8192))
     core = watch._core
     taken = sum(counters.numel() for _, _, counters in core.chunks())
     taken += sum(layer["histograms"].numel() * 4 for layer in core.layers())
-    assert taken <= 5 * 65536
+    assert taken <= layers * 65536
+    assert len(core.chunks()) > 1
     watch.close()
+    assert [layer.output.count.tolist() for layer in watch.history().layers] == [[4 * 8192]] * layers
 
 
 # ---- Planted troubles --------------------------------------------------------------------------------------------------------

@@ -239,7 +239,6 @@ Tensor forward(const Call& call, const Tensor& x, const Redispatch& redispatch) 
   if (!dual && !torch::autograd::compute_requires_grad(x)) return redispatch();
 
   const auto node = node_for<ForwardNode>(call, x);
-  if (watch::active()) watch::noted();  // those of an earlier call
   const Tensor y = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return redispatch();

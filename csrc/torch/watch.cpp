@@ -107,11 +107,11 @@ std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, i
 std::shared_ptr<Layer> layer_at(Monitor& m, int64_t scope, int64_t position, const Kind& kind, const Tensor& y) {
   const std::lock_guard<std::mutex> lock(m.mutex);
   Scope& s = m.scopes[size_t(scope)];
-  if (int64_t(s.layers.size()) <= position) s.layers.resize(size_t(position) + 1);
-  std::shared_ptr<Layer>& layer = s.layers[size_t(position)];
-  if (!layer || layer->device != y.device() || strcmp(layer->kind.name, kind.name) != 0)
-    layer = make_layer(m, scope, position, s.unit_dim, kind, y);
-  return layer;
+  if (int64_t(s.calls.size()) <= position) s.calls.resize(size_t(position) + 1);
+  Layers& layers = s.calls[size_t(position)];
+  for (const auto& layer : layers)
+    if (layer->device == y.device() && strcmp(layer->kind.name, kind.name) == 0) return layer;
+  return layers.emplace_back(make_layer(m, scope, position, s.unit_dim, kind, y));
 }
 
 void look_at_output(Layer& layer, const Kind& kind, const Tensor& y) {

@@ -76,10 +76,11 @@ struct Layer {
 };
 using Layers = std::vector<std::shared_ptr<Layer>>;
 
-/// What lies below one module: its layers in the order of their calls.
+/// What lies below one module: the layers of its first call of an activation, of its second, and so on. There is more than one
+/// where a call is now of one activation and now of another, or on several devices.
 struct Scope {
   int64_t unit_dim;  // kByRank: the last one of up to three dims, else the second
-  std::vector<std::shared_ptr<Layer>> layers;
+  std::vector<Layers> calls;
   static constexpr int64_t kByRank = INT64_MIN;
 };
 
@@ -89,7 +90,7 @@ struct Monitor : std::enable_shared_from_this<Monitor> {
   std::atomic<bool> running = false;   // whether a module was entered since this was last set to false
   std::atomic<bool> recording = true;  // what is entered otherwise is not looked at
   std::deque<Scope> scopes;
-  std::vector<std::shared_ptr<Layer>> layers;       // in the order of their first calls
+  Layers layers;                                    // in the order of their first calls
   std::map<std::string, std::deque<Chunk>> chunks;  // by device
   std::mutex mutex;
 
