@@ -15,7 +15,7 @@ from conftest import REFERENCE_ERROR
 from fastact._registry import along_dim, elementwise
 from fastact.bench import __main__ as program
 from fastact.bench import cases as cases_module
-from fastact.bench import memory, sight, timing
+from fastact.bench import channels, memory, sight, timing
 from fastact.bench.cases import DTYPES, TENSORS_MOVED, Case, Inputs, make_cases, op_names, sides
 from fastact.bench.check import WrongResult
 from fastact.bench.compiling import Compiler
@@ -781,3 +781,15 @@ def test_what_a_monitor_costs(capsys, tmp_path):
     rows = json.loads((tmp_path / "sight.json").read_text())["rows"]
     assert len(rows) == len(capsys.readouterr().out.split("\n\n")[0].splitlines()) - 2
     assert all(len(times) == 2 for row in rows for times in row["seconds"].values())
+
+
+def test_parameters_and_maxout_beside_torch(capsys, tmp_path):
+    path = tmp_path / "channels.json"
+    assert channels.main(["--small", "--seconds", "0", "--dtypes", "float32", "--json", str(path)]) == 0
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()[2:]
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["op"] for row in rows] == [line.split(" | ")[0].strip("| ") for line in lines]
+    assert {(row["op"], row["direction"]) for row in rows} == {
+        (op, direction) for op in ("prelu", "channel_scaled_sigmoid", "maxout of 2") for direction in ("forward", "both")
+    }
+    assert all(0 < row[side]["median"] < 1 for row in rows for side in ("ours", "torch"))

@@ -1,4 +1,5 @@
-"""Writes the generated blocks of the documents: activations from the rows, speeds from a benchmark run.
+"""Writes the generated blocks of the documents: activations from the rows, speeds from a benchmark run, and what `make matrix`
+found.
 
     python tools/readme.py             writes them
     python tools/readme.py --check     exits 1 if a document does not hold what this would write
@@ -21,6 +22,7 @@ from fastact.bench.report import Report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+MATRIX = ROOT / "docs" / "matrix.md"
 
 PEERS = {"ort": "ONNX Runtime", "jax": "JAX"}
 # A small, a middle and a large tensor: one call, one cache, and memory.
@@ -146,8 +148,23 @@ def pair(ratios: dict[tuple[str, str, str, str], float], op: str, label: str, dt
     return " / ".join(f"{ratios[op, label, dtype, direction]:.1f}" for direction in ("forward", "backward"))
 
 
+def matrix() -> str:
+    """The table of docs/matrix.md, a line for each Python."""
+    found = re.findall(r"^\| (3\.\d+)\S* \| (\d+\.\d+)\S* \| (.+?) \|", MATRIX.read_text(), re.M)
+    outcomes = {(python, torch): outcome for python, torch, outcome in found}
+    torches = sorted({torch for _, torch in outcomes}, key=version)
+    lines = [table_line("Python", *(f"torch {torch}" for torch in torches)), "| --- |" + " --- |" * len(torches)]
+    for python in sorted({python for python, _ in outcomes}, key=version):
+        lines.append(table_line(python, *(outcomes.get((python, torch), "not tried") for torch in torches)))
+    return "\n".join(lines)
+
+
+def version(text: str) -> list[int]:
+    return [int(part) for part in text.split(".")]
+
+
 BLOCKS = {
-    "README.md": {"activations": activations, "speeds": speeds},
+    "README.md": {"activations": activations, "speeds": speeds, "matrix": matrix},
     "docs/activations.md": {"common": common, "rows": rows},
 }
 
