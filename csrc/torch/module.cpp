@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <mutex>
 #include <optional>
@@ -521,14 +522,25 @@ void define_monitor(py::module_& m) {
              for (const auto& layer : monitor.layers) list.append(describe(*layer));
              return list;
            })
-      .def("chunks", [](Monitor& monitor) {
-        const std::lock_guard<std::mutex> lock(monitor.mutex);
-        py::list list;
-        for (const auto& [device, chunks] : monitor.chunks)
-          for (size_t k = 0; k < chunks.size(); ++k)
-            list.append(py::make_tuple(device, k, wrap(chunks[k].bytes.narrow(0, 0, chunks[k].used))));
-        return list;
-      });
+      .def(
+          "take",
+          [](Monitor& monitor) {
+            const std::lock_guard<std::mutex> lock(monitor.mutex);
+            py::list list;
+            for (const auto& [device, chunks] : monitor.chunks)
+              for (size_t k = 0; k < chunks.size(); ++k) {
+                const Tensor counters = chunks[k].bytes.narrow(0, 0, chunks[k].used);
+                if (!counters.is_cpu()) {
+                  list.append(py::make_tuple(device, k, wrap(counters)));
+                  continue;
+                }
+                auto* const bytes = static_cast<char*>(counters.mutable_data_ptr());
+                list.append(py::make_tuple(device, k, py::bytes(bytes, size_t(counters.numel()))));
+                memset(bytes, 0, size_t(counters.numel()));
+              }
+            return list;
+          },
+          "The counters: those on the CPU as bytes, and set to 0; else as tensors, for the caller to do so.");
 }
 
 }  // namespace

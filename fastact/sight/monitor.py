@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,7 +145,7 @@ class Watch:
         self._distributed = _distributed(model)
         self._compiled = any(_compiled(m) for m in model.modules())
         model = _unwrapped(model)
-        self._model = weakref.ref(model)
+        self._parameters = [weakref.ref(p) for p in model.parameters()]
         self._core: Any = _C.Monitor(sample or 0)
         self._places: list[_Place] = []
         self._handles: list[Any] = []
@@ -200,16 +200,23 @@ class Watch:
 
     def _called(self, module: nn.Module, output: Any) -> None:
         if self._core.running:
-            trained = self._core.gradients != self._gradients and self._updated(module)
+            trained = self._core.gradients != self._gradients and self._updated()
             if trained or not module.training or not self._training:
                 self.step()
         if not self._core.running:
-            self._versions = _versions(module)
+            self._versions = self._versions_now()
         self._training, self._core.running = module.training, True
 
-    def _updated(self, module: nn.Module) -> bool:
+    def _alive(self) -> Iterator[nn.Parameter]:
+        return (p for reference in self._parameters if (p := reference()) is not None)
+
+    def _versions_now(self) -> int:
+        """A number that grows with every change of a parameter in place."""
+        return sum(p._version for p in self._alive() if not p.is_inference())
+
+    def _updated(self) -> bool:
         """Since the step began; or whether a new one is prepared."""
-        return _versions(module) != self._versions or all(p.grad is None for p in module.parameters())
+        return self._versions_now() != self._versions or all(p.grad is None for p in self._alive())
 
     def _returned(self, module: nn.Module, output: Any) -> None:
         if self._core.recording and type(output) is Tensor and output.device.type in ("cpu", "cuda"):
@@ -231,10 +238,9 @@ class Watch:
         output.grad_fn.register_hook(passed)
 
     def _optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        model = self._model()
-        if model is None or not self._core.running:
+        if not self._core.running:
             return
-        own = {id(p) for p in model.parameters()}
+        own = {id(p) for p in self._alive()}
         if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             self.step()
 
@@ -346,11 +352,6 @@ def _distributed(model: nn.Module) -> bool:
     )
 
 
-def _versions(model: nn.Module) -> int:
-    """A number that grows with every change of a parameter in place."""
-    return sum(p._version for p in model.parameters() if not p.is_inference())
-
-
 _ROWS = {row.class_name: row for row in _registry.rows.values()}
 
 
@@ -386,24 +387,15 @@ class _Copies(NamedTuple):
 
     number: int
     training: bool
-    chunks: dict[tuple[str, int], Tensor]
+    chunks: dict[tuple[str, int], Tensor | bytes]
     events: list[Any]
 
     @staticmethod
     def of(number: int, training: bool, core: Any) -> _Copies:
-        chunks, events = {}, []
-        event: Any = torch.cuda.Event
-        with torch.no_grad():
-            for device, index, counters in core.chunks():
-                pinned = counters.is_cuda
-                copy = torch.empty(counters.shape, dtype=counters.dtype, device="cpu", pin_memory=pinned)
-                copy.copy_(counters, non_blocking=True)
-                counters.zero_()
-                chunks[device, index] = copy
-                if pinned:
-                    with torch.cuda.device(counters.device):
-                        events.append(event())
-                        events[-1].record()
+        chunks: dict[tuple[str, int], Tensor | bytes] = {}
+        events: list[Any] = []
+        for device, index, counters in core.take():
+            chunks[device, index] = counters if isinstance(counters, bytes) else _to_host(counters, events)
         return _Copies(number, training, chunks, events)
 
     def ready(self) -> bool:
@@ -412,7 +404,9 @@ class _Copies(NamedTuple):
     def taken_in(self, layers: list[dict[str, Any]]) -> _Step:
         for event in self.events:
             event.synchronize()
-        arrays = {key: copy.numpy() for key, copy in self.chunks.items()}
+        arrays = {
+            key: np.frombuffer(copy, np.uint8) if isinstance(copy, bytes) else copy.numpy() for key, copy in self.chunks.items()
+        }
         ledgers = np.zeros((len(layers), _WORDS), np.uint64)
         flags: list[tuple[NDArray[np.uint8], NDArray[np.uint8]] | None] = []
         for index, layer in enumerate(layers):
@@ -425,6 +419,19 @@ class _Copies(NamedTuple):
             at += 8 * _WORDS
             flags.append((np.packbits(array[at : at + units]), np.packbits(array[at + units : at + 2 * units])))
         return _Step(self.number, self.training, ledgers, flags)
+
+
+@torch.no_grad()
+def _to_host(counters: Tensor, events: list[Any]) -> Tensor:
+    """A copy of counters on a GPU, there once the event has come that is added to the others; and sets them to 0."""
+    copy = torch.empty(counters.shape, dtype=counters.dtype, device="cpu", pin_memory=True)
+    copy.copy_(counters, non_blocking=True)
+    counters.zero_()
+    event: Any = torch.cuda.Event
+    with torch.cuda.device(counters.device):
+        events.append(event())
+        events[-1].record()
+    return copy
 
 
 def _names(layers: list[dict[str, Any]], places: list[_Place]) -> list[str]:
