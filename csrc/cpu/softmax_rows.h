@@ -72,11 +72,6 @@ struct Abreast {
 
 constexpr int kAbreast = 4;
 
-template <int n>
-struct Constant {
-  static constexpr int value = n;
-};
-
 /// Calls body(Constant<n>()), `most` for all n from there on.
 template <int most, class Body>
 FASTACT_FN void with_constant(int n, Body body) {

@@ -254,6 +254,13 @@ FASTACT_FN void store_some(S* p, int n, LaneOf<S> v) {
     store_part(p, n, v);
 }
 
+/// A number that the compiler knows.
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+  FASTACT_FN constexpr operator int() const { return n; }
+};
+
 }  // namespace
 }  // namespace FASTACT_NAMESPACE
 }  // namespace fastact
