@@ -17,7 +17,7 @@ from fastact.bench import __main__ as program
 from fastact.bench import cases as cases_module
 from fastact.bench import channels, memory, sight, timing
 from fastact.bench.cases import DTYPES, TENSORS_MOVED, Case, Inputs, make_cases, op_names, sides
-from fastact.bench.check import WrongResult
+from fastact.bench.check import WrongResult, check
 from fastact.bench.compiling import Compiler
 from fastact.bench.environment import Neighbours, environment
 from fastact.bench.measure import measure
@@ -130,6 +130,16 @@ def test_wrong_forward_is_refused(monkeypatch, capsys, spoil):
     captured = capsys.readouterr()
     assert f"wrong result, so no more is timed: {row.name} forward, float32" in captured.err
     assert not captured.out
+
+
+@pytest.mark.parametrize("name", elementwise)
+def test_the_reference_has_torchs_derivative_where_a_function_has_a_kink(name):
+    """Random inputs hit such a place now and then."""
+    case = Case(elementwise[name], "float32", "3", (3,))
+    inputs = Inputs(case, "cpu")
+    with torch.no_grad():
+        inputs.x.copy_(torch.tensor([-3.0, 0.0, 3.0]))
+    check(case, inputs, sides(case, inputs))
 
 
 def test_wrong_backward_is_refused(public_row):
