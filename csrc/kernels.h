@@ -138,7 +138,7 @@ struct Look {
   static constexpr int64_t kRun = 64, kThinned = 4;
   int64_t n;                     // elements of the tensor
   int64_t runs, spacing, phase;  // all of them where spacing is kRun
-  int64_t thinned;               // one run of so many goes into the histogram
+  int64_t thinned;               // one run of so many goes into the histogram; 0: none
   double low, high;              // saturated are those up to `low`, and from `high`; NaN: none
   int64_t units, inner;          // element i belongs to unit i / inner % units; no units: 0
 

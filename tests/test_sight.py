@@ -206,6 +206,25 @@ def test_a_sample(n: int, sample: int, dtype: torch.dtype, generator: torch.Gene
         assert (side.histogram == expected).all()
 
 
+def test_histograms_are_those_of_training(generator: torch.Generator) -> None:
+    """If there is any: evaluation before and after it is counted, but not shown among it."""
+    model = fastact.Tanh()
+    evaluated, trained = torch.randn(3, 50, generator=generator), torch.randn(3, 50, generator=generator)
+
+    def evaluate() -> None:
+        with torch.inference_mode():
+            model.eval()(evaluated)
+
+    def train() -> None:
+        model.train()(trained.requires_grad_()).sum().backward()
+
+    for calls, shown in (([evaluate] * 2, [evaluated] * 2), ([evaluate, train, evaluate, train], [trained] * 2)):
+        layer = only(watched(model, *calls, sample=None))
+        assert layer.output.count.tolist() == [150] * len(calls)
+        assert (layer.output.histogram == sum(counters(numbers(torch.tanh(x))) for x in shown)).all()
+    assert layer.gradient_in.histogram.sum() == 300
+
+
 def test_rows_of_a_sample(generator: torch.Generator) -> None:
     """As many rows as have so many elements, other ones in every call, until all had their turn."""
     x = torch.randn(1000, 10, generator=generator)

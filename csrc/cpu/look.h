@@ -160,7 +160,7 @@ void look(const void* x, Look a, int64_t begin, int64_t end, Tally* tally, Histo
     const int64_t i = start_of(a, j);
     const Run<S> run(static_cast<const S*>(x) + i, a.n - i);
     lanes.add(run);
-    if (j % a.thinned == 0) add(run, *histogram);
+    if (a.thinned > 0 && j % a.thinned == 0) add(run, *histogram);
     if (a.units > 0) add(run, a, i, units);
   }
   lanes.add_to(*tally);

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kLookThreads) look(const S* x, Look a, Tally* 
       total += double(v);
       squares += double(v) * double(v);
       // Zeros, of which there may be many, are added together below.
-      const bool shown = e / Look::kRun % a.thinned == 0;
+      const bool shown = a.thinned > 0 && e / Look::kRun % a.thinned == 0;
       if (v != 0 && shown) atomicAdd(&histogram->counts[v < 0][bin(v)], 1u);
       shown_zeros += v == 0 && shown;
     } else {

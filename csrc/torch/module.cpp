@@ -507,6 +507,9 @@ void define_monitor(py::module_& m) {
       .def_property(
           "recording", [](const Monitor& monitor) { return monitor.recording.load(); },
           [](Monitor& monitor, bool is) { monitor.recording = is; })
+      .def_property(
+          "training", [](const Monitor& monitor) { return monitor.training.load(); },
+          [](Monitor& monitor, bool is) { monitor.training = is; })
       .def_property_readonly("gradients", [](const Monitor& monitor) { return monitor.gradients.load(); })
       .def(
           "maker_of",

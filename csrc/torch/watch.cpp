@@ -1,8 +1,8 @@
 // Monitors: which layer a call belongs to, and where its counters are.
 #include "watch.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/InferenceMode.h>
 
 #include <cmath>
 #include <cstring>
@@ -77,6 +77,7 @@ std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, i
   int64_t units = 0 <= dim && dim < rank ? y.size(dim) : 0;
   if (units > kMostUnits) units = 0;
   const int64_t bytes = (int64_t(sizeof(Ledger)) + 2 * units + 15) / 16 * 16;
+  const c10::InferenceMode counters_outlive_it(false);
   std::deque<Chunk>& chunks = m.chunks[y.device().str()];
   const auto options = at::TensorOptions(y.device());
   if (chunks.empty() || chunks.back().used + bytes > kChunk) chunks.push_back({at::zeros({kChunk}, options.dtype(at::kByte))});
@@ -214,6 +215,8 @@ void look(Layer& layer, int side, const Tensor& given) {
   a.low = side == kOutput ? layer.levels.low : kNone;
   a.high = side == kOutput ? layer.levels.high : kNone;
   const bool units = side == kOutput && layer.units > 0 && layer.unit_dim < x.dim() && x.size(layer.unit_dim) == layer.units;
+  if (monitor->training && !std::exchange(layer.trained, true)) layer.histograms.zero_();
+  if (!monitor->training && layer.trained) a.thinned = 0;
   a.units = units ? layer.units : 0;
   a.inner = units ? (layer.units == 1 ? x.numel() : x.stride(layer.unit_dim)) : 1;
   auto* const ledger = reinterpret_cast<Ledger*>(layer.ledger.mutable_data_ptr());

@@ -70,6 +70,7 @@ struct Layer {
   Levels levels;
   Tensor ledger, histograms, flags;  // views of the chunk, and kSides histograms
   int64_t calls[kSides] = {}, row_calls = 0;
+  bool trained = false;  // the histograms are those of training; while there was none, of evaluation
   int64_t sample;
   std::weak_ptr<Monitor> monitor;
   std::mutex mutex;
@@ -89,6 +90,7 @@ struct Monitor : std::enable_shared_from_this<Monitor> {
   std::atomic<bool> open = false;
   std::atomic<bool> running = false;   // whether a module was entered since this was last set to false
   std::atomic<bool> recording = true;  // what is entered otherwise is not looked at
+  std::atomic<bool> training = true;   // the mode of what comes
   std::deque<Scope> scopes;
   Layers layers;                                    // in the order of their first calls
   std::map<std::string, std::deque<Chunk>> chunks;  // by device

@@ -152,7 +152,7 @@ class Watch:
         self._done: list[_Step] = []
         self._pending: list[_Copies] = []
         self._step = 0
-        self._training = model.training
+        self._core.training = model.training
         self._versions = 0  # of the parameters, when the step began
         self._gradients = 0  # how many the kernels had looked at when the step began
         self._maker: int | None = None  # which layer the model's output comes from; -1: none
@@ -201,11 +201,11 @@ class Watch:
     def _called(self, module: nn.Module, output: Any) -> None:
         if self._core.running:
             trained = self._core.gradients != self._gradients and self._updated()
-            if trained or not module.training or not self._training:
+            if trained or not module.training or not self._core.training:
                 self.step()
         if not self._core.running:
             self._versions = self._versions_now()
-        self._training, self._core.running = module.training, True
+        self._core.training, self._core.running = module.training, True
 
     def _alive(self) -> Iterator[nn.Parameter]:
         return (p for reference in self._parameters if (p := reference()) is not None)
@@ -251,7 +251,7 @@ class Watch:
         if self._history is not None or not self._core.running:
             return
         if self._core.recording:
-            self._pending.append(_Copies.of(self._step, self._training, self._core))
+            self._pending.append(_Copies.of(self._step, self._core.training, self._core))
             if len(self._pending) >= PENDING:
                 self._take_in(wait=False)
         self._step += 1
