@@ -1,27 +1,34 @@
-"""Writes the generated blocks of the documents: activations from the rows, speeds from a benchmark run, and what `make matrix`
+"""Writes the generated blocks of the documents: activations from the rows, speeds from benchmark runs, and what `make matrix`
 found.
 
     python tools/readme.py             writes them
     python tools/readme.py --check     exits 1 if a document does not hold what this would write
 
-A block stands between `<!-- name -->` and `<!-- end name -->`. Speeds come from benchmarks/results/cpu.json, which
-`python -m fastact.bench --json benchmarks/results/cpu.json --plot benchmarks/results/cpu.png` writes.
+A block stands between `<!-- name -->` and `<!-- end name -->`. Speeds come from benchmarks/results, whose files are written by
+
+    python -m fastact.bench --peers --json benchmarks/results/cpu.json --plot benchmarks/results/cpu.png
+    python -m fastact.bench.channels --json benchmarks/results/channels.json
+    python -m fastact.bench.sight --json benchmarks/results/sight.json
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from fastact import _registry
 from fastact import activations as activations_module
+from fastact.bench import channels, sight
 from fastact.bench.report import Report
+from fastact.bench.timing import Spread
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+RESULTS = ROOT / "benchmarks" / "results"
 MATRIX = ROOT / "docs" / "matrix.md"
 
 PEERS = {"ort": "ONNX Runtime", "jax": "JAX"}
@@ -103,7 +110,7 @@ def rows() -> str:
 
 
 def speeds() -> str:
-    report = Report.load(RESULTS)
+    report = Report.load(RESULTS / "cpu.json")
     dtypes = ["float32", "bfloat16"]
     ratios = {(row.op, row.label, row.dtype, row.direction): row.ratio_eager for row in report.rows}
     elementwise = [op for op in _registry.elementwise if (op, "64", dtypes[0], "forward") in ratios]
@@ -148,6 +155,23 @@ def pair(ratios: dict[tuple[str, str, str, str], float], op: str, label: str, dt
     return " / ".join(f"{ratios[op, label, dtype, direction]:.1f}" for direction in ("forward", "backward"))
 
 
+def channel_speeds() -> str:
+    about, rows = recorded("channels.json")
+    lines = [channels.Row(**row | {side: Spread(**row[side]) for side in ("ours", "torch")}).line() for row in rows]
+    return "\n".join([about, "", channels.HEAD, *lines])
+
+
+def cost() -> str:
+    about, rows = recorded("sight.json")
+    return "\n".join([about, "", sight.HEAD, *(sight.Row(**row).line() for row in rows)])
+
+
+def recorded(name: str) -> tuple[str, list[dict[str, Any]]]:
+    """Where and when a file of results was made, and its rows."""
+    data = json.loads((RESULTS / name).read_text())
+    return Report(data["environment"], [], []).title() + ".", data["rows"]
+
+
 def matrix() -> str:
     """The table of docs/matrix.md, a line for each Python."""
     found = re.findall(r"^\| (3\.\d+)\S* \| (\d+\.\d+)\S* \| (.+?) \|", MATRIX.read_text(), re.M)
@@ -166,6 +190,8 @@ def version(text: str) -> list[int]:
 BLOCKS = {
     "README.md": {"activations": activations, "speeds": speeds, "matrix": matrix},
     "docs/activations.md": {"common": common, "rows": rows},
+    "docs/performance.md": {"channels": channel_speeds},
+    "docs/sight.md": {"cost": cost},
 }
 
 

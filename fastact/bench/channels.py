@@ -32,6 +32,7 @@ PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] = {
     },
     "maxout of 2": (partial(channels.maxout, pieces=2), partial(channels._maxout_reference, pieces=2, dim=1), 0),
 }
+HEAD = "| | shape | dtype | | torch, us | fastact, us | ratio |\n| --- | --- | --- | --- | --- | --- | --- |"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     neighbours = Neighbours()
-    print("| | shape | dtype | | torch, us | fastact, us | ratio |\n| --- | --- | --- | --- | --- | --- | --- |")
+    print(HEAD)
     rows = []
     for row in measure(SMALL_SHAPES if args.small else SHAPES, args.dtypes, args.device, args.seconds):
         rows.append(row)

@@ -26,6 +26,7 @@ from fastact.bench.environment import Neighbours, environment
 SIZES = (100_000, 1_000_000)
 OPS = ("relu", "sigmoid", "tanh")
 PLAIN, MONITOR, HOOK = "no monitor", "fastact.monitor", "hook with .item()"
+HEAD = f"| | {PLAIN}, us | {MONITOR} | {HOOK} |\n| --- | --- | --- | --- |"
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     neighbours = Neighbours()
     scale = {"batch": 4, "size": 8, "channels": 4} if args.small else {"batch": 64, "size": 64, "channels": 64}
     sizes = (1000,) if args.small else SIZES
-    print(f"| | {PLAIN}, us | {MONITOR} | {HOOK} |\n| --- | --- | --- | --- |")
+    print(HEAD)
     rows = []
     for op in OPS:
         activation = getattr(fastact, fastact._registry.rows[op].class_name)
