@@ -27,7 +27,7 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 TORCHES = ["2.11", "2.12", "2.13", "2.14", "2.15"]
 # What asks torch or the interpreter for something; kernels and accuracy do not.
 TESTS = ["autograd", "registration", "func", "compile", "expectations", "swap", "bad_calls", "owned_gradient", "channels"]
-TESTS += ["special_values", "softmax", "layouts", "maxout"]
+TESTS += ["special_values", "softmax", "layouts", "maxout", "sight"]
 BUILD = ["--no-build-isolation", "--no-deps", "--editable", "."]
 PAGE = ROOT / "docs" / "matrix.md"
 LOGS = ROOT / "build" / "matrix"
