@@ -70,7 +70,8 @@ class Timer:
             for done in range(self.MOST):
                 if done >= self.LEAST and time.perf_counter() > end:
                     break
-                for name, take in takers.items():
+                # There and back again: whatever a call leaves behind meets the same calls no more often than others.
+                for name, take in list(takers.items())[:: -1 if done % 2 else 1]:
                     before, library = library, name if name in strangers else ""
                     if library != before:
                         end += settle()
