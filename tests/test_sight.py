@@ -706,9 +706,12 @@ def run(model: nn.Module, generator: torch.Generator, steps: int = 40) -> Any:
     return watch
 
 
-@pytest.mark.parametrize(("activation", "gain"), [(fastact.Tanh, 1.0), (fastact.ReLU, 2**0.5), (nn.ReLU, 2**0.5)])
-def test_a_healthy_network_gets_no_verdict(activation: Any, gain: float, generator: torch.Generator) -> None:
-    assert kinds(run(deep(activation, 6, gain, generator), generator)) == []
+# Of ReLU stacks of depth 4 the worst of 400 had 6% of dead units in a layer; some of depth 6 are not healthy (verdicts.DEAD).
+@pytest.mark.parametrize(
+    ("activation", "depth", "gain"), [(fastact.Tanh, 6, 1.0), (fastact.ReLU, 4, 2**0.5), (nn.ReLU, 4, 2**0.5)]
+)
+def test_a_healthy_network_gets_no_verdict(activation: Any, depth: int, gain: float, generator: torch.Generator) -> None:
+    assert kinds(run(deep(activation, depth, gain, generator), generator)) == []
 
 
 def test_a_saturated_layer_is_named(generator: torch.Generator) -> None:
