@@ -4,6 +4,8 @@
     python tools/matrix.py --python 3.12 --torch 2.12 2.13    these alone; the other lines of the table stay
     python tools/matrix.py --wheels FOLDER                    takes the wheels that are there from FOLDER
 
+Then `python tools/readme.py` takes the table into the README.
+
 A pair takes an environment of its own, half a gigabyte to fetch, and some minutes. A torch with CUDA is taken without CUDA's
 libraries, as tools/cuda_link.py does; what is built is the CPU half.
 """
