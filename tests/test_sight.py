@@ -225,6 +225,16 @@ def test_histograms_are_those_of_training(generator: torch.Generator) -> None:
     assert layer.gradient_in.histogram.sum() == 300
 
 
+def test_counters_made_in_inference_mode_are_no_inference_tensors() -> None:
+    """On a GPU they are set to 0 outside it, where torch refuses to change such a tensor."""
+    model = fastact.Tanh()
+    with fastact.monitor(model) as watch:
+        with torch.inference_mode():
+            model(torch.ones(3))
+        (layer,) = watch._core.layers()
+        assert not layer["histograms"].is_inference()
+
+
 def test_rows_of_a_sample(generator: torch.Generator) -> None:
     """As many rows as have so many elements, other ones in every call, until all had their turn."""
     x = torch.randn(1000, 10, generator=generator)
