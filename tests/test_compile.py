@@ -112,8 +112,8 @@ def test_inductor(options: dict[str, Any], generator: torch.Generator) -> None:
         for f in (everything, compiled):
             y = f(x)
             results.append((y, *torch.autograd.grad(y, x, dy)))
-        # A chain of a dozen functions, each with its own few ULP on either side, and slopes that multiply these: by some thousands
-        # at times, as they do in float32.
+        # A chain of a dozen functions, each with its own few ULP on either side, and slopes that multiply these, at times by
+        # some thousands.
         torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
 
 
