@@ -6,7 +6,7 @@ import gc
 import statistics
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -31,16 +31,14 @@ class Spread:
         return cls(median, q1, q3)
 
 
-def settle() -> float:
-    """Waits until no other thread of this process runs, but not forever; returns the seconds that took. The threads of a call
-    spin for some milliseconds after it, on cores that those of another library want.
+def settle() -> None:
+    """Waits until no other thread of this process runs, but not forever. The threads of a call spin for some milliseconds after
+    it, on cores that those of another library want.
     """
-    start = time.perf_counter()
     for _ in range(100):
         time.sleep(200e-6)
         if not others_run():
             break
-    return time.perf_counter() - start
 
 
 def others_run() -> bool:
@@ -58,29 +56,33 @@ class Timer:
 
     LEAST, MOST = 5, 51
 
-    def __call__(self, calls: dict[str, Call], seconds: float, strangers: Collection[str] = ()) -> dict[str, Spread]:
-        """`strangers` are calls on threads other than torch's: before and after them the threads settle, and wake again."""
+    def __call__(self, calls: dict[str, Call], seconds: float) -> dict[str, Spread]:
         collecting = gc.isenabled()
         gc.disable()
         try:
             takers = {name: self.prepare(call) for name, call in calls.items()}
             samples: dict[str, list[float]] = {name: [] for name in calls}
             end = time.perf_counter() + seconds
-            library = ""  # whose threads ran last
             for done in range(self.MOST):
                 if done >= self.LEAST and time.perf_counter() > end:
                     break
                 # There and back again: whatever a call leaves behind meets the same calls no more often than others.
                 for name, take in list(takers.items())[:: -1 if done % 2 else 1]:
-                    before, library = library, name if name in strangers else ""
-                    if library != before:
-                        end += settle()
-                        calls[name]()
                     samples[name].append(take())
         finally:
             if collecting:
                 gc.enable()
         return {name: Spread.of(times) for name, times in samples.items()}
+
+    def stranger(self, call: Call, seconds: float) -> Spread:
+        """Of a call on threads other than torch's. It gets no turns with others: threads that have slept are slow for a
+        millisecond, and there would be some awake and some asleep at every turn.
+        """
+        settle()
+        try:
+            return self({"": call}, seconds)[""]
+        finally:
+            settle()
 
     def prepare(self, call: Call) -> Callable[[], float]:
         """Warms the call up; returns what takes a sample of it, in seconds per call."""
