@@ -237,6 +237,22 @@ def test_plot_from_a_file(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_row_has_its_place_in_the_plot(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install 'fastact[bench]'")
+    from fastact.bench.plot import draw
+
+    ops = [an_op(), *along_dim]
+    assert run("--ops", *ops, "--json", tmp_path / "report.json") == 0
+    report = Report.load(tmp_path / "report.json")
+    shown = 0
+    for axes in (axes for part in draw(report).subfigs for axes in part.axes if axes.get_visible()):
+        bars = [bar.get_y() for bar in axes.patches]
+        assert len(set(bars)) == len(bars), axes.get_title()
+        assert axes.get_title().partition(",")[0] in ops
+        shown += len(bars) + sum(len(line.get_xdata()) for line in axes.lines if line.get_marker() != "None")
+    assert shown == sum(row.direction != "both" for row in report.rows)
+
+
 def test_a_missing_matplotlib_is_said_before_measuring(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(program, "find_spec", lambda name: None)
     monkeypatch.setattr(program, "measure", lambda *_: pytest.fail("measured"))

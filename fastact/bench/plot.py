@@ -29,17 +29,24 @@ INK, PALE = "#333333", "#E3E3E3"
 
 
 def plot(report: Report, path: Path) -> None:
+    draw(report).savefig(path, dpi=160, bbox_inches="tight", pad_inches=0.2)
+
+
+def draw(report: Report) -> Figure:
     rows = [row for row in report.rows if row.direction in DASHES]
     dtypes = [dtype for dtype in STYLES if any(row.dtype == dtype for row in rows)]
     curves = [row for row in rows if row.dim is None]
-    bars = [row for row in rows if row.dim is not None]
+    bars: dict[str, list[Measurement]] = {}  # by op
+    for row in rows:
+        if row.dim is not None:
+            bars.setdefault(row.op, []).append(row)
 
     # Inches: a line of panels, and a bar with its share of the space between groups.
     heights = []
     if curves:
         heights.append(0.4 + 2.5 * -(-len({row.op for row in curves}) // COLUMNS))
-    if bars:
-        heights.append(0.8 + len({row.label for row in bars}) * (0.2 + 0.1 * len(dtypes)))
+    for of_op in bars.values():
+        heights.append(0.8 + len({row.label for row in of_op}) * (0.2 + 0.1 * len(dtypes)))
     heights.append(0.7)  # the key and where this was measured
     figure = Figure(figsize=(10, sum(heights) + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -47,13 +54,13 @@ def plot(report: Report, path: Path) -> None:
     *parts, foot = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights).flat
     if curves:
         _curves(parts[0], curves, dtypes)
-    if bars:
-        _bars(parts[-1], bars, dtypes)
+    for part, of_op in zip(parts[-len(bars) :], bars.values(), strict=False):
+        _bars(part, of_op, dtypes)
     keys = [Line2D([], [], color=STYLES[d][0], marker=STYLES[d][1], label=d) for d in dtypes]
     keys += [Line2D([], [], color=INK, label=d, **DASHES[d]) for d in DASHES]
     foot.legend(handles=keys, loc="upper center", ncols=6, frameon=False, labelcolor=INK)
     foot.text(0.5, 0.12, report.title(), ha="center", fontsize=8.5, color=INK)
-    figure.savefig(path, dpi=160, bbox_inches="tight", pad_inches=0.2)
+    return figure
 
 
 def _curves(part: SubFigure, rows: list[Measurement], dtypes: list[str]) -> None:
