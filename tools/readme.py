@@ -7,6 +7,8 @@ found.
 A block stands between `<!-- name -->` and `<!-- end name -->`. Speeds come from benchmarks/results, whose files are written by
 
     python -m fastact.bench --peers --json benchmarks/results/cpu.json --plot benchmarks/results/cpu.png
+    python -m fastact.bench --threads 1 --no-compile --dtypes float32 bfloat16 float16 \\
+        --json benchmarks/results/cpu-1-thread.json
     python -m fastact.bench.channels --json benchmarks/results/channels.json
     python -m fastact.bench.sight --json benchmarks/results/sight.json
 """
@@ -24,6 +26,7 @@ from typing import Any
 from fastact import _registry
 from fastact import activations as activations_module
 from fastact.bench import channels, sight
+from fastact.bench.cases import TENSORS_MOVED
 from fastact.bench.report import Report
 from fastact.bench.timing import Spread
 
@@ -31,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MATRIX = ROOT / "docs" / "matrix.md"
 
+DIRECTIONS = "forward / backward / both through autograd"
 PEERS = {"ort": "ONNX Runtime", "jax": "JAX"}
 # A small, a middle and a large tensor: one call, one cache, and memory.
 SHOWN = {"64": "64", "100,000": "100,000", "33,554,432": "33 million"}
@@ -114,20 +118,31 @@ def speeds() -> str:
     dtypes = ["float32", "bfloat16"]
     ratios = {(row.op, row.label, row.dtype, row.direction): row.ratio_eager for row in report.rows}
     elementwise = [op for op in _registry.elementwise if (op, "64", dtypes[0], "forward") in ratios]
-    lines = [f"{report.title()}. Torch's median time over fastact's in one run: forward / backward.", ""]
+    lines = [f"{report.title()}. Torch's median time over fastact's in one run: {DIRECTIONS}.", ""]
     lines += ["| elements | dtype | " + " | ".join(elementwise) + " |", "| --- | --- |" + " --- |" * len(elementwise)]
     for label, shown in SHOWN.items():
         for dtype in dtypes:
-            cells = [pair(ratios, op, label, dtype) for op in elementwise]
+            cells = [ratio(ratios, op, label, dtype) for op in elementwise]
             lines.append(f"| {shown} | {dtype} | " + " | ".join(cells) + " |")
     for op in _registry.along_dim:
         shapes = [row for row in report.rows if row.op == op and row.dtype == dtypes[0] and row.direction == "forward"]
         if shapes:
             lines += ["", f"| {op} | shape, dim | " + " | ".join(dtypes) + " |", "| --- | --- | --- | --- |"]
         for row in shapes:
-            cells = [pair(ratios, op, row.label, dtype) for dtype in dtypes]
+            cells = [ratio(ratios, op, row.label, dtype) for dtype in dtypes]
             lines.append(f"| {row.label} | {tuple(row.shape)}, {row.dim} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *rivals(report)])
+
+
+def one_thread() -> str:
+    """In cache, a line for each op."""
+    report = Report.load(RESULTS / "cpu-1-thread.json")
+    rows = [row for row in report.rows if row.label == "100,000"]
+    ratios = {(row.op, row.label, row.dtype, row.direction): row.ratio_eager for row in rows}
+    ops, dtypes = dict.fromkeys(row.op for row in rows), dict.fromkeys(row.dtype for row in rows)
+    lines = [f"{report.title()}. {DIRECTIONS.capitalize()}.", "", table_line("", *dtypes), "| --- |" + " --- |" * len(dtypes)]
+    lines += [table_line(op, *(ratio(ratios, op, "100,000", dtype) for dtype in dtypes)) for op in ops]
+    return "\n".join(lines)
 
 
 def rivals(report: Report) -> list[str]:
@@ -151,8 +166,8 @@ def rivals(report: Report) -> list[str]:
     return lines
 
 
-def pair(ratios: dict[tuple[str, str, str, str], float], op: str, label: str, dtype: str) -> str:
-    return " / ".join(f"{ratios[op, label, dtype, direction]:.1f}" for direction in ("forward", "backward"))
+def ratio(ratios: dict[tuple[str, str, str, str], float], op: str, label: str, dtype: str) -> str:
+    return " / ".join(f"{ratios[op, label, dtype, direction]:.1f}" for direction in TENSORS_MOVED)
 
 
 def channel_speeds() -> str:
@@ -190,7 +205,7 @@ def version(text: str) -> list[int]:
 BLOCKS = {
     "README.md": {"activations": activations, "speeds": speeds, "matrix": matrix},
     "docs/activations.md": {"common": common, "rows": rows},
-    "docs/performance.md": {"channels": channel_speeds},
+    "docs/performance.md": {"one-thread": one_thread, "channels": channel_speeds},
     "docs/sight.md": {"cost": cost},
 }
 

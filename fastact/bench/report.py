@@ -43,7 +43,7 @@ class Report:
         e = self.environment
         isa = e["build"].get("isa")
         processor = f"{e['processor']} ({isa})" if isa and e["device"] == "cpu" else e["processor"]
-        how = f"{e['threads']} threads" if e["device"] == "cpu" else f"CUDA {e['build'].get('cuda')}"
+        how = f"{e['threads']} thread{'s' * (e['threads'] != 1)}" if e["device"] == "cpu" else f"CUDA {e['build'].get('cuda')}"
         return f"{processor}, {how}, torch {e['torch']}, {e['date']}"
 
     def table(self) -> str:
