@@ -52,6 +52,7 @@ def _has_kernel(x: Tensor, *parameters: Tensor) -> bool:
         and _plain(x, x)
         and all(_plain(p, x) for p in parameters)
         and (x.is_cpu or _C.device_has_kernels(str(x.device)))
+        and not torch.onnx.is_in_onnx_export()  # which has no operators of ours
     )
 
 
@@ -83,8 +84,9 @@ def activation(*, autocast: bool = False) -> Callable[[Callable[P, Tensor]], Cal
                     raise TypeError(
                         f"{name}(): argument '{names[position]}' (position {position + 1}) must be Tensor, not {given}"
                     )
-            if autocast and torch.is_autocast_enabled(args[0].device.type):
-                dtype = torch.get_autocast_dtype(args[0].device.type)
+            device = args[0].device.type
+            if autocast and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
                 args = tuple(t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in args)
             return op(*args) if _has_kernel(*args) else plain(*args)
 

@@ -267,10 +267,17 @@ class functional_patch(ContextDecorator, TorchFunctionMode):
     each function in `fastact.functional`; so also for `torch.nn` modules. It holds for this thread, and can be nested, used
     again, and put over a function: `@fastact.functional_patch()`.
 
-    Torch's own function is taken for arguments that fastact's does not know (`out=`), for subclasses of `Tensor`, inside
-    transforms of `torch.func`, in code that `torch.compile` compiles, and where hooks for saved tensors are active, as in
-    `torch.utils.checkpoint`.
+    Torch's own function is taken for arguments that fastact's does not know (`out=`), for subclasses of `Tensor`, in what a
+    function of torch does inside, in code that `torch.compile` compiles, and where hooks for saved tensors are active, as in
+    `torch.utils.checkpoint`. Raises `TypeError` over a generator or a coroutine, whose body runs after the call.
     """
+
+    def __call__(self, function: Any) -> Any:
+        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"functional_patch(): the body of {function.__name__} runs after it was called: put the `with` into it"
+            )
+        return super().__call__(function)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -704,3 +705,14 @@ def test_training_finds_the_parameters(generator: torch.Generator) -> None:
             optimizer.step()
         # From about 0.1; Adam's last steps are far below this.
         assert loss.item() < 1e-4
+
+
+@pytest.mark.parametrize("name", [*channels.functions, "maxout"])
+def test_a_device_without_autocast(name: str) -> None:
+    x = torch.ones(3, 4, device="meta")
+    function = getattr(channels, name)
+    count = len(inspect.signature(function).parameters) - 1
+    given = (2, 1) if name == "maxout" else [torch.ones(4, device="meta")] * count
+    for region in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with region:
+            assert function(x, *given).is_meta

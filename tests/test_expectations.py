@@ -270,6 +270,18 @@ def test_torchscript_tracing(any_row: _registry.Row) -> None:
     assert torch.equal(*(torch.autograd.grad(f(x).square().sum(), x)[0] for f in (loaded, model)))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.onnx")  # of the exporter that needs no other package
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning")
+@pytest.mark.parametrize("name", sorted(set(modules.__all__) - {"Maxout"}))
+def test_onnx_export(name: str) -> None:
+    """ONNX has no operators of ours: what is written are those of the twin."""
+    model = nn.Sequential(nn.Linear(4, 4), *([getattr(modules, name)(1)] if "oftmax" in name else [getattr(modules, name)()]))
+    file = io.BytesIO()
+    torch.onnx.export(model, (torch.randn(3, 4),), file, dynamo=False)
+    assert file.getvalue()
+    assert b"fastact" not in file.getvalue()
+
+
 # ---- Tensors without a kernel ----------------------------------------------------------------------------------------------
 
 

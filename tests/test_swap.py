@@ -792,6 +792,23 @@ def test_other_modes_see_what_is_called(x: Tensor) -> None:
         assert torch.relu(torch.ones(2)).is_meta
 
 
+def test_over_a_function_that_runs_later() -> None:
+    """It would be over when the body begins."""
+
+    def generator() -> Any:
+        yield torch.tanh(torch.ones(1))
+
+    async def coroutine() -> Any:
+        return torch.tanh(torch.ones(1))
+
+    async def both() -> Any:
+        yield torch.tanh(torch.ones(1))
+
+    for function in (generator, coroutine, both):
+        with pytest.raises(TypeError, match=f"functional_patch.*{function.__name__}"):
+            fastact.functional_patch()(function)
+
+
 @pytest.mark.parametrize("name", sorted({*NAMES} - {name for name in NAMES if hasattr(F, name)}))
 def test_ours_alone_are_no_functions_of_torch(name: str) -> None:
     assert not hasattr(torch, name), "there would be a call to catch"

@@ -172,7 +172,7 @@ struct BackwardKernel {
 
 /// The shape that softmax sees: a dense tensor, whatever the order of its dimensions, is (outer, length, inner) in memory.
 inline SoftmaxShape shape_of(const Tensor& x, int64_t dim) {
-  if (x.dim() == 0 || x.size(dim) == 1) return {x.numel(), 1, 1};
+  if (x.dim() == 0 || x.size(dim) == 1) return {1, 1, x.numel()};
   const int64_t length = x.size(dim), inner = x.stride(dim);
   return {x.numel() / (length * inner), length, inner};
 }

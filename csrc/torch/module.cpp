@@ -2,9 +2,11 @@
 // the package asks about the build.
 #include <ATen/Parallel.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/TracerMode.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
 #include <c10/core/Device.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Dtype.h>
@@ -86,8 +88,15 @@ bool device_has_kernels(c10::Device device) {
   return !reason && (device.is_cpu() || device.is_meta() || device.is_cuda());
 }
 
+/// Whether what runs now becomes ONNX, which has no operators of ours.
+bool for_onnx() {
+  const bool recorded = at::tracer::impl::is_dispatch_enabled() || c10::impl::dispatch_mode_enabled();
+  return recorded && py::module_::import("torch.onnx").attr("is_in_onnx_export")().cast<bool>();
+}
+
 bool has_kernel(const Tensor& x) {
-  return has_kernels(x.scalar_type()) && x.layout() == at::kStrided && !x.is_nested() && device_has_kernels(x.device());
+  return has_kernels(x.scalar_type()) && x.layout() == at::kStrided && !x.is_nested() && device_has_kernels(x.device()) &&
+         !for_onnx();
 }
 
 [[noreturn]] void bad_type(const Function& f, size_t position, const char* expected, PyObject* value) {
@@ -280,7 +289,9 @@ PyObject* call_direct(PyObject* self, PyObject* const* args, Py_ssize_t count) {
       if (overflow) Py_RETURN_NONE;
     }
   }
-  if (!first || at::autocast::is_autocast_enabled(first->device().type())) Py_RETURN_NONE;
+  // Of other devices autocast may not even be asked.
+  if (!first || !(first->is_cpu() || first->is_cuda()) || at::autocast::is_autocast_enabled(first->device().type()))
+    Py_RETURN_NONE;
   unlocked(*first, [&] { op.callBoxed(&stack); });
   return THPVariable_Wrap(stack[0].toTensor());
   END_HANDLE_TH_ERRORS
