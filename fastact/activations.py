@@ -12,7 +12,7 @@ What holds for every function here:
 - **layouts**: any dense tensor (contiguous, channels_last, permuted) is processed where it lies, and the result has its
   strides; other layouts give the strides that torch gives.
 - **errors of results**: as each function states, in ULP of float32 and float64, over all inputs. 16-bit results are correctly
-  rounded, but for at most 4 (bfloat16) and 6 (float16) of the 65,536 inputs, which are off by one step.
+  rounded, but for some of the 65,536 inputs, which are off by one step: docs/numerics.md has their numbers.
 - **gradients**: reverse and forward mode, of any order; one tensor is saved, the output unless the function says otherwise.
   The backward is within 3 ULP of its formula on the saved tensor (silu's within 5 of the sum of the magnitudes of its terms,
   which cancel near -1.28); where a factor of that is subnormal, its last bit times the other factors comes on top.

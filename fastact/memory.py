@@ -6,10 +6,9 @@ blocks of 1 MiB and more for its next outputs, up to a limit, and puts new ones 
 them.
 
 The limit is 1 GiB, or an eighth of the memory that the process may have (the machine's, or its control group's) if
-that is less. What is held counts as used memory of the
-process. `FASTACT_POOL_LIMIT` (bytes) sets another limit; 0 turns the pool off. `FASTACT_HUGE_PAGES=0` leaves pages as
-they are. With both, outputs come from torch's allocator. Outputs above the limit, and above 32 MiB where the pool is
-off, still lie on huge pages.
+that is less. What is held counts as used memory of the process. `FASTACT_POOL_LIMIT` (bytes) sets another limit; 0
+turns the pool off. `FASTACT_HUGE_PAGES=0` leaves pages as they are. Outputs above both the limit and 32 MiB lie on
+huge pages all the same.
 
 The functions may be called from any thread. After a fork each process has a pool of its own.
 """

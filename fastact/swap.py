@@ -273,7 +273,11 @@ class functional_patch(ContextDecorator, TorchFunctionMode):
     """
 
     def __call__(self, function: Any) -> Any:
-        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        if (
+            inspect.isgeneratorfunction(function)
+            or inspect.iscoroutinefunction(function)
+            or inspect.isasyncgenfunction(function)
+        ):
             raise TypeError(
                 f"functional_patch(): the body of {function.__name__} runs after it was called: put the `with` into it"
             )

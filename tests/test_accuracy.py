@@ -22,6 +22,7 @@ from ulp import (
     ulp_of,
 )
 
+import fastact
 from fastact import _registry
 from fastact._registry import Row
 
@@ -134,6 +135,15 @@ def test_16_bit_forward_is_correctly_rounded(row: Row, dtype16: torch.dtype, isa
         most = misrounded_at_most(parameters, dtype16)
         assert worst.misrounded <= most, f"{name}: {worst.misrounded} of 65,536 misrounded, the worst {worst}"
         assert worst.error <= 0.5 + BEFORE_ROUNDING, f"{name}: {worst}"
+
+
+@pytest.mark.parametrize("dtype16", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_16_bit_products_are_rounded_as_torchs(dtype16: torch.dtype, isa: str) -> None:
+    """Twice, where a slope is no power of two."""
+    for slope in (0.1, 0.2, 0.3, 1 / 3, 0.816038, -1.7):
+        for x in patterns(dtype16):
+            ours, torchs = fastact.leaky_relu(x, slope), torch.nn.functional.leaky_relu(x, slope)
+            assert torch.equal(ours.nan_to_num(), torchs.nan_to_num()), slope
 
 
 @pytest.mark.parametrize("dtype16", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

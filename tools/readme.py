@@ -10,7 +10,7 @@ A block stands between `<!-- name -->` and `<!-- end name -->`. Speeds come from
     python -m fastact.bench --threads 1 --no-compile --dtypes float32 bfloat16 float16 \\
         --json benchmarks/results/cpu-1-thread.json
     python -m fastact.bench.channels --json benchmarks/results/channels.json
-    python -m fastact.bench.sight --json benchmarks/results/sight.json
+    python -m fastact.bench.sight --rounds 11 --json benchmarks/results/sight.json
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def one_thread() -> str:
 
 def rivals(report: Report) -> list[str]:
     """Every kernel row of the run against everything measured beside it."""
-    lines = ["| all rows against | rows | median | worst | below 1.0 |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| forward and backward rows against | rows | median | worst | below 1.0 |", "| --- | --- | --- | --- | --- |"]
     against: dict[str, list[tuple[float, str]]] = {}
     for row in report.rows:
         if row.direction == "both":

@@ -458,8 +458,12 @@ void check_softmax(const Along& a) {
 
 // ---- Parameters per channel ----------------------------------------------------------------------------------------------
 
-#define CHANNEL_ROW_OF(name, Functor, ...) RowOf{#name, generic::Functor<double>::parameters},
-const RowOf kChannelRows[] = {FASTACT_CHANNEL_ACTIVATIONS(CHANNEL_ROW_OF)};
+struct ChannelRowOf {
+  const char* name;
+  int parameters;
+};
+#define CHANNEL_ROW_OF(name, Functor, ...) ChannelRowOf{#name, generic::Functor<double>::parameters},
+const ChannelRowOf kChannelRows[] = {FASTACT_CHANNEL_ACTIVATIONS(CHANNEL_ROW_OF)};
 
 template <class T>
 struct ChannelRun {
