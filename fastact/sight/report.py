@@ -60,7 +60,7 @@ class Report:
 
     def _table(self) -> list[str]:
         if not self.figures:
-            return ["No activation was seen at work."]
+            return ["No activation was seen at work. Modules are, and functions of fastact; those of torch.nn.functional are not."]
         cells = [["kind", *COLUMNS]]
         cells += [[str(f["kind"]), *(show(f) for show in COLUMNS.values())] for f in self.figures]
         widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
@@ -82,7 +82,7 @@ class Report:
 
     def _verdicts(self) -> list[str]:
         if not self.verdicts:
-            return ["No trouble found."]
+            return ["No trouble found."] if self.figures else []
         # Layers with the same trouble stand together, above the remedy that they share.
         groups: dict[tuple[str, str], list[Verdict]] = {}
         for verdict in self.verdicts:
