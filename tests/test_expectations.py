@@ -270,16 +270,23 @@ def test_torchscript_tracing(any_row: _registry.Row) -> None:
     assert torch.equal(*(torch.autograd.grad(f(x).square().sum(), x)[0] for f in (loaded, model)))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.onnx")  # of the exporter that needs no other package
-@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning")
-@pytest.mark.parametrize("name", sorted(set(modules.__all__) - {"Maxout"}))
-def test_onnx_export(name: str) -> None:
-    """ONNX has no operators of ours: what is written are those of the twin."""
-    model = nn.Sequential(nn.Linear(4, 4), *([getattr(modules, name)(1)] if "oftmax" in name else [getattr(modules, name)()]))
-    file = io.BytesIO()
-    torch.onnx.export(model, (torch.randn(3, 4),), file, dynamo=False)
-    assert file.getvalue()
-    assert b"fastact" not in file.getvalue()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the shapes that Maxout asks for
+@pytest.mark.parametrize("name", modules.__all__)
+def test_onnx_export(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX has no operators of ours: what its exporters, of traces and of programs, get to see are torch's."""
+    arguments = {"Maxout": (2,), "Softmax": (1,), "LogSoftmax": (1,)}.get(name, ())
+    model = nn.Sequential(nn.Linear(4, 4), getattr(modules, name)(*arguments))
+    x = torch.randn(3, 4)
+
+    def graphs() -> list[str]:
+        return [str(torch.jit.trace(model, x).inlined_graph), str(torch.export.export(model, (x,)).graph)]
+
+    assert "fastact::" in graphs()[0]
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    for graph in graphs():
+        assert "aten" in graph
+        assert "fastact::" not in graph
+        assert "ops.fastact" not in graph
 
 
 # ---- Tensors without a kernel ----------------------------------------------------------------------------------------------

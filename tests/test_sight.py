@@ -169,13 +169,17 @@ def test_rows_of_a_softmax(along: Row, dtype: torch.dtype, dim: int, isa: str, g
     assert layer.rows.entropy[0] == pytest.approx(terms.sum() / math.log(x.shape[dim]), rel=1e-5, abs=1e-9)
 
 
+def offset(call: int, j: int, n: int) -> int:
+    return (0xC13FA9A9 * call + 0x91E10DA5 * j) % 2**32 * n >> 32
+
+
 def looked_at(n: int, sample: int, call: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The elements, in memory order: docs/sight.md."""
     if n <= sample or n // max(1, sample // RUN) < RUN:
         return np.arange(n)
     runs = max(1, sample // RUN)
     spacing = n // runs
-    starts = [j * spacing + (call + j) * RUN % (spacing - RUN + 1) for j in range(runs)]
+    starts = [j * spacing + offset(call, j, spacing - RUN + 1) for j in range(runs)]
     return np.concatenate([np.arange(start, start + RUN) for start in starts])
 
 
@@ -236,14 +240,29 @@ def test_counters_made_in_inference_mode_are_no_inference_tensors() -> None:
 
 
 def test_rows_of_a_sample(generator: torch.Generator) -> None:
-    """As many rows as have so many elements, other ones in every call, until all had their turn."""
+    """As many rows as have so many elements, other ones in every call."""
     x = torch.randn(1000, 10, generator=generator)
     x[::100, 3] = 50  # sure
     model = fastact.Softmax(1)
     rows = only(watched(model, *[lambda: model(x)] * 100, sample=100)).rows
     assert rows is not None
     assert rows.count.tolist() == [10] * 100
-    assert rows.sure.sum() == 10
+    assert rows.sure.tolist() == [sum(offset(call, j, 100) == 0 for j in range(10)) for call in range(100)]
+    assert 8 <= rows.sure.sum() <= 12
+
+
+@pytest.mark.parametrize("batch", [32, 31])
+def test_a_sample_sees_all_channels(batch: int) -> None:
+    """Though the runs lie as far apart as the images do."""
+    x = torch.ones(batch, 64, 16, 16)
+    x[:, 8:] = 0
+    model = fastact.ReLU()
+    layer = only(watched(model, *[lambda: model(x)] * 100))
+    assert layer.output.zeros.sum() / layer.output.count.sum() == pytest.approx(7 / 8, abs=0.02)
+    assert layer.units is not None
+    assert layer.units.seen.any(axis=0).all()
+    few = layer.output.zeros[:5].sum() / layer.output.count[:5].sum()
+    assert few == pytest.approx(7 / 8, abs=0.1)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -753,3 +772,41 @@ def test_nan_at_step_7_is_named(generator: torch.Generator) -> None:
             optimizer.zero_grad()
     said = [str(v.text) for v in watch.report().verdicts]
     assert any("step 7" in text for text in said), said
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_transforms_under_a_monitor() -> None:
+    """What a transform wraps has no memory to look at; the kernels inside look at theirs."""
+    x = torch.randn(4, 3)
+    for activation in (nn.Tanh(), fastact.Tanh(), nn.Softmax(-1), fastact.Softmax(-1), nn.GELU()):
+        model = nn.Sequential(activation)
+        expected = [torch.func.vmap(model)(x), torch.func.jacrev(model)(x[0]), torch.func.jacfwd(model)(x[0])]
+        with fastact.monitor(model):
+            got = [torch.func.vmap(model)(x), torch.func.jacrev(model)(x[0]), torch.func.jacfwd(model)(x[0])]
+        assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage:UserWarning")
+def test_nested_tensors_under_a_monitor() -> None:
+    """Torch makes them of padded batches, in the fast path of its encoder."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, activation=nn.GELU())
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad(), fastact.monitor(model):
+        model(x, src_key_padding_mask=padding)
+
+
+def test_lazy_modules() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), fastact.Tanh())
+    layer = only(watched(model, *[lambda: model(torch.randn(2, 5)).sum().backward()] * 2))
+    assert layer.output.count.tolist() == [16, 16]
+
+
+@pytest.mark.parametrize("activation", [nn.Softsign, nn.Tanhshrink])
+def test_the_gradient_of_what_torch_makes_of_several_operators(activation: type[nn.Module]) -> None:
+    """Autograd's last node knows no gradient of the input: better none than another."""
+    model = activation()
+    x = torch.randn(64, 16, requires_grad=True)
+    layer = only(watched(model, lambda: model(x).sum().backward()))
+    assert layer.gradient_in.count.sum() == 1024
+    assert layer.gradient_out.count.sum() == 0

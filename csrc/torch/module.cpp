@@ -526,7 +526,8 @@ void define_monitor(py::module_& m) {
           "maker_of",
           [](const Monitor& monitor, py::handle y) -> int64_t {
             const Tensor& t = THPVariable_Unpack(y.ptr());
-            return t.numel() > 0 && t.const_data_ptr() == monitor.last_output ? monitor.last_layer.load() : -1;
+            return t.numel() > 0 && t.has_storage() && t.const_data_ptr() == monitor.last_output ? monitor.last_layer.load()
+                                                                                                 : -1;
           },
           "The layer whose output this is, if it is the last one that was looked at; else -1.")
       .def("layers",
@@ -543,14 +544,14 @@ void define_monitor(py::module_& m) {
             py::list list;
             for (const auto& [device, chunks] : monitor.chunks)
               for (size_t k = 0; k < chunks.size(); ++k) {
-                const Tensor counters = chunks[k].bytes.narrow(0, 0, chunks[k].used);
+                const auto& [counters, used] = chunks[k];
                 if (!counters.is_cpu()) {
-                  list.append(py::make_tuple(device, k, wrap(counters)));
+                  list.append(py::make_tuple(device, k, wrap(counters.narrow(0, 0, used))));
                   continue;
                 }
                 auto* const bytes = static_cast<char*>(counters.mutable_data_ptr());
-                list.append(py::make_tuple(device, k, py::bytes(bytes, size_t(counters.numel()))));
-                memset(bytes, 0, size_t(counters.numel()));
+                list.append(py::make_tuple(device, k, py::bytes(bytes, size_t(used))));
+                memset(bytes, 0, size_t(used));
               }
             return list;
           },

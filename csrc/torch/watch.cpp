@@ -20,6 +20,11 @@ constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
 // A layer takes at most 64 KiB: its ledger, its histograms, two bytes per unit.
 constexpr int64_t kMostUnits = (65536 - int64_t(sizeof(Ledger)) - kSides * int64_t(sizeof(Histogram))) / 2;
 constexpr int64_t kChunk = 1 << 18;
+// What torch.func would have to do with the counters, were they its tensors.
+constexpr c10::DispatchKeySet kTransforms({c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+                                           c10::DispatchKey::FuncTorchDynamicLayerBackMode,
+                                           c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchVmapMode,
+                                           c10::DispatchKey::FuncTorchBatched});
 
 struct Frame {
   std::shared_ptr<Monitor> monitor;
@@ -68,7 +73,10 @@ constexpr LevelsOf kLevels[] = {FASTACT_ACTIVATIONS(FASTACT_LEVELS)};
 /// Of x, or of a copy of it, dense.
 Tensor to_dense(const Tensor& x) { return dense(x) ? x : copy_as(x, x); }
 
-bool has_eyes(const Tensor& x) { return has_kernels(x.scalar_type()) && x.layout() == at::kStrided && eyes(x.device().type()); }
+/// What a transform of torch.func wraps has no memory of its own.
+bool has_eyes(const Tensor& x) {
+  return has_kernels(x.scalar_type()) && x.layout() == at::kStrided && x.has_storage() && eyes(x.device().type());
+}
 
 std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, int64_t unit_dim, const Kind& kind,
                                   const Tensor& y) {
@@ -78,6 +86,7 @@ std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, i
   if (units > kMostUnits) units = 0;
   const int64_t bytes = (int64_t(sizeof(Ledger)) + 2 * units + 15) / 16 * 16;
   const c10::InferenceMode counters_outlive_it(false);
+  const c10::impl::ExcludeDispatchKeyGuard and_transforms(kTransforms);
   std::deque<Chunk>& chunks = m.chunks[y.device().str()];
   const auto options = at::TensorOptions(y.device());
   if (chunks.empty() || chunks.back().used + bytes > kChunk) chunks.push_back({at::zeros({kChunk}, options.dtype(at::kByte))});
@@ -215,7 +224,10 @@ void look(Layer& layer, int side, const Tensor& given) {
   a.low = side == kOutput ? layer.levels.low : kNone;
   a.high = side == kOutput ? layer.levels.high : kNone;
   const bool units = side == kOutput && layer.units > 0 && layer.unit_dim < x.dim() && x.size(layer.unit_dim) == layer.units;
-  if (monitor->training && !std::exchange(layer.trained, true)) layer.histograms.zero_();
+  if (monitor->training && !std::exchange(layer.trained, true)) {
+    const c10::impl::ExcludeDispatchKeyGuard ours(kTransforms);
+    layer.histograms.zero_();
+  }
   if (!monitor->training && layer.trained) a.thinned = 0;
   a.units = units ? layer.units : 0;
   a.inner = units ? (layer.units == 1 ? x.numel() : x.stride(layer.unit_dim)) : 1;

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastact import _C, _registry, modules
@@ -29,6 +30,8 @@ _BY_RANK = -(2**63)
 
 _OURS: tuple[type[nn.Module], ...] = tuple(getattr(modules, name) for name in modules.__all__)
 _TORCHS = tuple({getattr(nn, name) for name in nn.modules.activation.__all__} - {nn.MultiheadAttention})
+# Made of several operators of autograd, of which the last one's gradient is not that of the input.
+_COMPOSED = (nn.Softsign, nn.Tanhshrink)
 # Modules after which the second dim is that of the channels, whatever the rank.
 _CHANNELS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
@@ -212,7 +215,7 @@ class Watch:
 
     def _versions_now(self) -> int:
         """A number that grows with every change of a parameter in place."""
-        return sum(p._version for p in self._alive() if not p.is_inference())
+        return sum(p._version for p in self._alive() if not is_lazy(p) and not p.is_inference())
 
     def _updated(self) -> bool:
         """Since the step began; or whether a new one is prepared."""
@@ -223,7 +226,7 @@ class Watch:
             self._maker = self._core.maker_of(output)
 
     def _look_at_output(self, module: nn.Module, output: Any, scope: int) -> None:
-        if type(output) not in (Tensor, nn.Parameter):
+        if type(output) not in (Tensor, nn.Parameter) or output.is_nested:
             return
         name, parameters, dim = _kind(module, output)
         layer = self._core.output(scope, name, parameters, dim, output.detach())
@@ -231,7 +234,7 @@ class Watch:
             return
 
         def passed(gradients_out: tuple[Tensor | None, ...], gradients_in: tuple[Tensor | None, ...]) -> None:
-            for side, gradients in ((1, gradients_in), (2, gradients_out)):
+            for side, gradients in ((1, gradients_in), (2, () if isinstance(module, _COMPOSED) else gradients_out)):
                 if gradients and gradients[0] is not None:
                     layer.look(side, gradients[0].detach())
 

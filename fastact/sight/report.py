@@ -60,7 +60,7 @@ class Report:
 
     def _table(self) -> list[str]:
         if not self.figures:
-            return ["No activation was seen at work. Modules are, and functions of fastact; those of torch.nn.functional are not."]
+            return ["No activation was seen at work. Modules are, and functions of fastact; torch.nn.functional's are not."]
         cells = [["kind", *COLUMNS]]
         cells += [[str(f["kind"]), *(show(f) for show in COLUMNS.values())] for f in self.figures]
         widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
