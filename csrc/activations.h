@@ -71,19 +71,14 @@ struct ScaledSigmoid : SavesOutput {
   FASTACT_FN V backward(V dy, V y) const { return dy * ((slope * y) * ((scale - y) * inverse_scale)); }
 };
 
-/// x where x > 0, else alpha (exp(x) - 1). The sign of y tells the branch unless alpha is negative.
+/// x where x > 0, else alpha (exp(x) - 1).
 template <class V>
-struct ELU {
+struct ELU : SavesInput {
   static constexpr bool costly = true;
   V alpha;
-  bool input_saved;
-  FASTACT_FN explicit ELU(const double* p) : alpha(p[0]), input_saved(saves_input(p)) {}
-  FASTACT_FN static bool saves_input(const double* p) { return p[0] < 0; }
+  FASTACT_FN explicit ELU(const double* p) : alpha(p[0]) {}
   FASTACT_FN V forward(V x) const { return select(x < V(0), alpha * expm1_nonpositive(min(V(0), x)), x); }
-  FASTACT_FN V backward(V dy, V saved) const {
-    const V slope = input_saved ? alpha * exp_gradual(min(V(0), saved)) : saved + alpha;
-    return select(saved <= V(0), dy * slope, dy);
-  }
+  FASTACT_FN V backward(V dy, V x) const { return select(x <= V(0), dy * (alpha * exp_gradual(min(V(0), x))), dy); }
 };
 
 /// x / (1 + exp(-x)).
@@ -103,33 +98,27 @@ struct SiLU : SavesInput {
   }
 };
 
-/// log(1 + exp(z)) / beta with z = beta x; x where z > threshold. The output tells the derivative, 1 - exp(-beta y), but not on
-/// which side of the threshold an input lay that is within exp(-threshold) of it; from a threshold of 20 on that is 2e-9, and
-/// so is the derivative's jump there.
+/// log(1 + exp(z)) / beta with z = beta x; x where z > threshold.
 template <class V>
-struct Softplus {
+struct Softplus : SavesInput {
   static constexpr bool costly = true;
   V beta, inverse_beta, threshold;
-  bool input_saved;
-  FASTACT_FN explicit Softplus(const double* p)
-      : beta(p[0]), inverse_beta(1 / p[0]), threshold(p[1]), input_saved(saves_input(p)) {}
-  FASTACT_FN static bool saves_input(const double* p) { return p[0] == 0 || !(p[1] >= 20); }
+  FASTACT_FN explicit Softplus(const double* p) : beta(p[0]), inverse_beta(1 / p[0]), threshold(p[1]) {}
   FASTACT_FN V forward(V x) const {
     const V normal(Constants<typename ElementOf<V>::type>::exp_normal), z = beta * x;
     V y = max(V(0), z) + log1p_unit(exp_nonpositive(-abs(z)));
     if (any_less(z, normal)) y = select(z < normal, exp_subnormal(z), y);
     return select(z > threshold, x, y * inverse_beta);
   }
-  FASTACT_FN V backward(V dy, V saved) const {
-    const V z = beta * saved;
-    const V slope = input_saved ? logistic_gradual(z) : -expm1_nonpositive(-z);
-    return select(z > threshold, dy, dy * slope);
+  FASTACT_FN V backward(V dy, V x) const {
+    const V z = beta * x;
+    return select(z > threshold, dy, dy * logistic_gradual(z));
   }
 };
 
 /// log(1 / (1 + exp(-x))).
 template <class V>
-struct LogSigmoid : SavesOutput {
+struct LogSigmoid : SavesInput {
   static constexpr bool costly = true;
   FASTACT_FN explicit LogSigmoid(const double*) {}
   FASTACT_FN V forward(V x) const {
@@ -137,21 +126,20 @@ struct LogSigmoid : SavesOutput {
     const V y = min(V(0), x) - log1p_unit(exp_nonpositive(-abs(x)));
     return any_less(far, normal) ? V(select(far < normal, 0 - exp_subnormal(far), y)) : y;
   }
-  // 1 - exp(y)
-  FASTACT_FN V backward(V dy, V y) const { return dy * -expm1_nonpositive(y); }
+  FASTACT_FN V backward(V dy, V x) const { return dy * logistic_gradual(V(-x)); }
 };
 
 /// (x + 3) / 6, but at least 0 and at most 1. Above 0 the distance from 1 is what is divided, so that the output is 1 only
 /// where x >= 3, as it is 0 only where x <= -3.
 template <class V>
-struct Hardsigmoid : SavesOutput {
+struct Hardsigmoid : SavesInput {
   static constexpr bool costly = false;
   FASTACT_FN explicit Hardsigmoid(const double*) {}
   FASTACT_FN V forward(V x) const {
     const V bounded = max(V(-3), min(V(3), x));
     return select(bounded > V(0), 1 - (3 - bounded) * V(1.0 / 6), (bounded + 3) * V(1.0 / 6));
   }
-  FASTACT_FN V backward(V dy, V y) const { return select(y > V(0), select(y < V(1), dy * V(1.0 / 6), V(0)), V(0)); }
+  FASTACT_FN V backward(V dy, V x) const { return select(x > V(-3), select(x < V(3), dy * V(1.0 / 6), V(0)), V(0)); }
 };
 
 // ---- The same with the derivative taken from the input: where the output is rounded to 16 bits, or to 1, its distance from
@@ -179,22 +167,37 @@ struct PreciseScaledSigmoid : ScaledSigmoid<V> {
   FASTACT_FN V backward(V dy, V x) const { return dy * (steepness * logistic_derivative(V(this->slope * x))); }
 };
 
+// ---- And with the derivative taken from the output, for functions in place, where nothing else of the input is left.
+
+/// The sign of y tells the branch unless alpha is negative.
+template <class V>
+struct ResultELU : ELU<V> {
+  bool input_saved;
+  FASTACT_FN explicit ResultELU(const double* p) : ELU<V>(p), input_saved(saves_input(p)) {}
+  FASTACT_FN static bool saves_input(const double* p) { return p[0] < 0; }
+  FASTACT_FN V backward(V dy, V saved) const {
+    return input_saved ? ELU<V>::backward(dy, saved) : V(select(saved <= V(0), dy * (saved + this->alpha), dy));
+  }
+};
+
 }  // namespace
 }  // namespace FASTACT_NAMESPACE
 }  // namespace fastact
 
-/// The one list: ROW(op, functor, names of the float parameters ...). A function with `precise_grad` has two rows.
-#define FASTACT_ACTIVATIONS(ROW)                       \
-  ROW(sigmoid, Sigmoid)                                \
-  ROW(relu, ReLU)                                      \
-  ROW(leaky_relu, LeakyReLU, "negative_slope")         \
-  ROW(tanh, Tanh)                                      \
-  ROW(scaled_sigmoid, ScaledSigmoid, "scale", "slope") \
-  ROW(elu, ELU, "alpha")                               \
-  ROW(silu, SiLU)                                      \
-  ROW(softplus, Softplus, "beta", "threshold")         \
-  ROW(log_sigmoid, LogSigmoid)                         \
-  ROW(hardsigmoid, Hardsigmoid)                        \
-  ROW(precise_sigmoid, PreciseSigmoid)                 \
-  ROW(precise_tanh, PreciseTanh)                       \
-  ROW(precise_scaled_sigmoid, PreciseScaledSigmoid, "scale", "slope")
+/// The one list: ROW(op, functor, names of the float parameters ...). A function with `precise_grad` has two rows, and so may
+/// one with `inplace`, whose row `result_...` then takes the derivative from the output.
+#define FASTACT_ACTIVATIONS(ROW)                                      \
+  ROW(sigmoid, Sigmoid)                                               \
+  ROW(relu, ReLU)                                                     \
+  ROW(leaky_relu, LeakyReLU, "negative_slope")                        \
+  ROW(tanh, Tanh)                                                     \
+  ROW(scaled_sigmoid, ScaledSigmoid, "scale", "slope")                \
+  ROW(elu, ELU, "alpha")                                              \
+  ROW(silu, SiLU)                                                     \
+  ROW(softplus, Softplus, "beta", "threshold")                        \
+  ROW(log_sigmoid, LogSigmoid)                                        \
+  ROW(hardsigmoid, Hardsigmoid)                                       \
+  ROW(precise_sigmoid, PreciseSigmoid)                                \
+  ROW(precise_tanh, PreciseTanh)                                      \
+  ROW(precise_scaled_sigmoid, PreciseScaledSigmoid, "scale", "slope") \
+  ROW(result_elu, ResultELU, "alpha")

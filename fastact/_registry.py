@@ -6,7 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ParamSpec
 
 import torch
@@ -75,11 +75,11 @@ _functors = {name: (functor, parameters) for name, functor, parameters in _C.row
 _functors_along_dim = dict(_C.rows_along_dim())
 
 # Filled by fastact.activations: every public row by name; those of elementwise activations; softmax and its relatives; and the
-# rows that functions take where `precise_grad` is true.
+# rows that functions take where `precise_grad` or `inplace` is true.
 rows: dict[str, Row] = {}
 elementwise: dict[str, Row] = {}
 along_dim: dict[str, Row] = {}
-precise: dict[str, Row] = {}
+variants: dict[str, Row] = {}
 
 
 def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
@@ -115,12 +115,27 @@ def activation(*, ulp: float | None) -> Callable[[Callable[P, Tensor]], Callable
         row = rows[name] = Row(name, class_name, defaults, function, reference, ulp, others)
         (along_dim if row.along_dim else elementwise)[name] = row
         if "precise_grad" in arguments:
-            twin = "precise_" + name
             with_precise_grad = functools.partial(function, precise_grad=True)  # type: ignore[arg-type]
-            precise[twin] = Row(twin, _functors[twin][0], defaults, with_precise_grad, reference, ulp, others)
+            _add_variant("precise_" + name, row, with_precise_grad)
+        if "result_" + name in _functors:  # the function takes its op for tensors in place
+            _add_variant("result_" + name, row, functools.partial(_call_op, "result_" + name, [*defaults.values()]))
         return function
 
     return decorate
+
+
+def function_of(name: str) -> str:
+    """The name of the function that takes a row of that name."""
+    return name.removeprefix("precise_").removeprefix("result_")
+
+
+def _add_variant(name: str, row: Row, function: Callable[..., Tensor]) -> None:
+    variants[name] = replace(row, name=name, class_name=_functors[name][0], function=function)
+
+
+def _call_op(name: str, defaults: list[float], x: Tensor, *parameters: float) -> Tensor:
+    y: Tensor = getattr(torch.ops.fastact, name)(x, *parameters, *defaults[len(parameters) :])
+    return y
 
 
 def _default(parameter: inspect.Parameter) -> str:

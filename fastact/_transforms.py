@@ -114,7 +114,7 @@ def substitute(row: Row) -> None:
     """Dynamo cannot look into a C function, and traces this in its place."""
     reference, defaults, op, count = row.reference, row.arguments, row.op.default, len(row.parameters)
     tempered, precise = "temperature" in defaults, "precise_grad" in defaults
-    precise_op = _registry.precise["precise_" + row.name].op.default if precise else op
+    precise_op = _registry.variants["precise_" + row.name].op.default if precise else op
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def is_opaque() -> bool:
@@ -181,7 +181,7 @@ def each(tell: Callable[[Row], None], rows: list[Row]) -> None:
 
 
 def register_all() -> None:
-    rows = [*_registry.rows.values(), *_registry.precise.values()]
+    rows = [*_registry.rows.values(), *_registry.variants.values()]
     each(batch, rows)
     after_import("torch._dynamo", lambda: each(substitute, [*_registry.rows.values()]))
     after_import("torch.distributed.tensor", lambda: each(shard, rows))

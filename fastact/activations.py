@@ -217,9 +217,9 @@ class ScaledSigmoid(nn.Module):
 def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """x where x > 0, else alpha * (exp(x) - 1), elementwise: `torch.nn.functional.elu`.
 
-    Gradient: dy where y > 0, else dy (y + alpha). Saved: the output; for a negative alpha the input.
-    Shape and dtype: those of x. Error: at most {ulp} ULP over all inputs. With `inplace` the result overwrites x;
-    for a negative alpha a copy of x is then saved.
+    Gradient: dy where x > 0, else dy alpha exp(x). Saved: the input. Shape and dtype: those of x.
+    Error: at most {ulp} ULP over all inputs. With `inplace` the result overwrites x, and tells the gradient, as in torch:
+    dy (y + alpha), which is 0 where y is rounded to -alpha; for a negative alpha a copy of x is saved.
     """
     return F.elu(x, alpha, inplace)
 
@@ -253,9 +253,8 @@ class SiLU(nn.SiLU):
 def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     """log(1 + exp(beta * x)) / beta, and x where beta * x > threshold, elementwise: `torch.nn.functional.softplus`.
 
-    Gradient: dy (1 - exp(-beta y)), and dy where beta y > threshold. Saved: the output; for a threshold below 20 (or a beta of
-    0) the input. Shape and dtype: those of x. Error: at most {ulp} ULP, of what z = beta * x rounded to the dtype that is
-    computed in gives.
+    Gradient: dy sigmoid(beta x), and dy where beta x > threshold. Saved: the input. Shape and dtype: those of x.
+    Error: at most {ulp} ULP, of what z = beta * x rounded to the dtype that is computed in gives.
     """
     return F.softplus(x, beta, threshold)
 
@@ -271,7 +270,7 @@ class Softplus(nn.Softplus):
 def log_sigmoid(x: Tensor) -> Tensor:
     """log(1 / (1 + exp(-x))), elementwise: `torch.nn.functional.logsigmoid`.
 
-    Gradient: dy (1 - exp(y)). Shape and dtype: those of x. Error: at most {ulp} ULP over all inputs.
+    Gradient: dy sigmoid(-x). Saved: the input. Shape and dtype: those of x. Error: at most {ulp} ULP over all inputs.
     """
     return F.logsigmoid(x)
 
@@ -287,8 +286,8 @@ class LogSigmoid(nn.LogSigmoid):
 def hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
     """(x + 3) / 6, but at least 0 and at most 1, elementwise: `torch.nn.functional.hardsigmoid`.
 
-    Gradient: dy / 6 where -3 < x < 3, else 0. Shape and dtype: those of x. Error: at most {ulp} ULP over all inputs.
-    With `inplace` the result overwrites x.
+    Gradient: dy / 6 where -3 < x < 3, else 0. Saved: the input. Shape and dtype: those of x. Error: at most {ulp} ULP over all
+    inputs. With `inplace` the result overwrites x, and a copy of x is saved.
     """
     return F.hardsigmoid(x, inplace)
 

@@ -42,7 +42,7 @@ def _make(row: _registry.Row) -> type[torch.autograd.Function]:
     return types.new_class(row.class_name, (torch.autograd.Function,), exec_body=lambda namespace: namespace.update(members))
 
 
-_functions = {row.class_name: _make(row) for row in (*_registry.rows.values(), *_registry.precise.values())}
+_functions = {row.class_name: _make(row) for row in (*_registry.rows.values(), *_registry.variants.values())}
 globals().update(_functions)
 __all__ = sorted(_functions)
 

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "csrc" / "cpu"
 
 PUBLIC_ELEMENTWISE = list(_registry.elementwise.values())
-ELEMENTWISE = [*PUBLIC_ELEMENTWISE, *_registry.precise.values()]
+ELEMENTWISE = [*PUBLIC_ELEMENTWISE, *_registry.variants.values()]
 ALONG_DIM = list(_registry.along_dim.values())
 PUBLIC_ROWS = [*PUBLIC_ELEMENTWISE, *ALONG_DIM]
 ALL_ROWS = [*ELEMENTWISE, *ALONG_DIM]
@@ -78,7 +78,7 @@ def smooth_reference(row: _registry.Row) -> Callable[..., Tensor]:
 INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # by size in bytes
 
 
-# Where those would say little: a threshold below 20 saves the input, and leaves a step in the function.
+# Where those would say little: a threshold below 20 leaves a step in the function.
 EXTRA_PARAMETERS_OF = {"softplus": [(2.5, 20.0), (-1.0, 25.0), (0.5, 10.0)]}
 
 
@@ -87,10 +87,23 @@ def parameter_sets(row: _registry.Row) -> list[tuple[float, ...]]:
     return [tuple(row.parameters.values()), *EXTRA_PARAMETERS_OF.get(row.name, EXTRA_PARAMETERS[len(row.parameters)])]
 
 
+class InACopy(torch.nn.Module):
+    """Calls a module that works in place with a copy of the input."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x.clone())
+
+
 def module_class(row: _registry.Row) -> Callable[..., torch.nn.Module]:
     """What makes the module of a row, which may share it with another row."""
-    if row.name in _registry.precise:
+    if row.name.startswith("precise_"):
         return functools.partial(getattr(fastact, row.class_name.removeprefix("Precise")), precise_grad=True)
+    if row.name.startswith("result_"):
+        return lambda *values: InACopy(getattr(fastact, row.class_name.removeprefix("Result"))(*values, inplace=True))
     return getattr(fastact, row.class_name)
 
 

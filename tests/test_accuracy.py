@@ -9,7 +9,7 @@ from functools import partial
 import mpmath
 import pytest
 import torch
-from conftest import DEVICE, REFERENCE_ERROR, SEED, parameter_sets
+from conftest import DEVICE, ELEMENTWISE, REFERENCE_ERROR, SEED, parameter_sets
 from ulp import (
     FORMATS,
     Worst,
@@ -78,20 +78,24 @@ def test_float32_backward(row: Row, isa: str) -> None:
             assert worst.error <= most, f"dy {dy} {ident(row, parameters, isa, torch.float32)}: {worst}"
 
 
-def true_derivative(row: Row, x: torch.Tensor, parameters: tuple[float, ...]) -> torch.Tensor:
-    """In float64, from the input, without a difference that cancels."""
-    factor, slope = {
-        "precise_sigmoid": (1.0, 1.0),
-        "precise_tanh": (4.0, 2.0),
-        "precise_scaled_sigmoid": (math.prod(parameters), parameters[-1] if parameters else 1.0),
-    }[row.name]
-    z = slope * x.double()
-    return factor * torch.sigmoid(z) * torch.sigmoid(-z)
+def logistic_derivative(z: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid(z) * torch.sigmoid(-z)
 
 
-@pytest.mark.parametrize("precise_row", _registry.precise.values(), ids=lambda row: row.name)
+# In float64, from the input, without a difference that cancels.
+TRUE_DERIVATIVES: dict[str, Callable[..., torch.Tensor]] = {
+    "precise_sigmoid": logistic_derivative,
+    "precise_tanh": lambda x: 4 * logistic_derivative(2 * x),
+    "precise_scaled_sigmoid": lambda x, scale=1.0, slope=1.0: scale * slope * logistic_derivative(slope * x),
+    "elu": lambda x, alpha=1.0: torch.where(x <= 0, alpha * torch.exp(x), 1.0),
+    "softplus": lambda x, beta=1.0, threshold=20.0: torch.where(beta * x > threshold, 1.0, torch.sigmoid(beta * x)),
+    "log_sigmoid": lambda x: torch.sigmoid(-x),
+}
+
+
+@pytest.mark.parametrize("precise_row", [row for row in ELEMENTWISE if row.name in TRUE_DERIVATIVES], ids=lambda row: row.name)
 @pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
-def test_precise_grad_is_the_true_derivative(precise_row: Row, narrow: torch.dtype, isa: str) -> None:
+def test_a_gradient_from_the_input_is_the_true_derivative(precise_row: Row, narrow: torch.dtype, isa: str) -> None:
     """Within 2 ULP over all inputs, where the derivative is subnormal too. (bfloat16 on CUDA: as every result there.)"""
     most = 2.0 if narrow == torch.float32 else 0.5 + BEFORE_ROUNDING_BACKWARD
     for parameters in exact_parameters(precise_row):
@@ -100,14 +104,15 @@ def test_precise_grad_is_the_true_derivative(precise_row: Row, narrow: torch.dty
         smallest = max(1.0, abs(math.prod(parameters))) * 2.0**-149
         for x in patterns(narrow, STEP if narrow == torch.float32 else 1):
             ones = torch.ones_like(x)
-            worst.add(x, true_derivative(precise_row, x, parameters), precise_row.backward_op(ones, x, *parameters), smallest)
+            true = TRUE_DERIVATIVES[precise_row.name](x.double(), *parameters)
+            worst.add(x, true, precise_row.backward_op(ones, x, *parameters), smallest)
         assert worst.error <= most, f"{ident(precise_row, parameters, isa, narrow)}: {worst}"
 
 
 def test_a_gradient_from_a_rounded_output_dies() -> None:
     """What precise_grad is for: bfloat16 rounds a sigmoid beyond 6.3 to 1, of which no gradient is left."""
     x = torch.tensor([4.0, 4.5, 5.0, 5.5, 5.96875, 7.0, 20.0], dtype=torch.bfloat16)
-    true = true_derivative(_registry.precise["precise_sigmoid"], x, ())
+    true = logistic_derivative(x.double())
     ones = torch.ones_like(x)
     from_output = torch.ops.fastact.sigmoid_backward(ones, torch.ops.fastact.sigmoid(x)).double()
     from_input = torch.ops.fastact.precise_sigmoid_backward(ones, x).double()

@@ -122,7 +122,7 @@ def test_opaque_keeps_the_kernel(public_row: _registry.Row) -> None:
     for given in calls(public_row):
         with fastact.compiler.opaque(public_row.name):
             names = graph_of(lambda t, given=given: public_row.function(t, **given), x)
-            expected = _registry.precise["precise_" + public_row.name] if given.get("precise_grad") else public_row
+            expected = _registry.variants["precise_" + public_row.name] if given.get("precise_grad") else public_row
             assert [name for name in names if "fastact" in name] == [f"fastact.{expected.name}.default"]
             other = next(row for row in PUBLIC_ROWS if row is not public_row)
             assert "fastact" not in str(graph_of(lambda t, other=other: other.function(t, **calls(other)[0]), x))

@@ -186,7 +186,7 @@ def dtensor() -> None:
     mesh = init_device_mesh("cpu", (WORKERS,))
     torch.manual_seed(0)
     full = torch.randn(4, 6, dtype=torch.float64)
-    for row in [*_registry.rows.values(), *_registry.precise.values()]:
+    for row in [*_registry.rows.values(), *_registry.variants.values()]:
         values = (1,) if row.along_dim else ()
         for placement in (Shard(0), Shard(1), Replicate()):
             x = distribute_tensor(full, mesh, [placement]).requires_grad_()

@@ -21,7 +21,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint
 
 import fastact
-from fastact import _C
+from fastact import _C, _registry
 from fastact._registry import Row
 from fastact.sight.history import History, Layer, Side
 
@@ -137,7 +137,7 @@ def test_counts(row: Row, dtype: torch.dtype, layout: str, isa: str, generator: 
         layer, y = passed(model, x, dy)
         what = f"{row.name}{values} {dtype} {layout}"
         assert layer.parameters == dict(zip(row.parameters, values, strict=True))
-        check_side(what, layer.output, 0, numbers(y), levels(row.name.removeprefix("precise_"), values))
+        check_side(what, layer.output, 0, numbers(y), levels(_registry.function_of(row.name), values))
         check_side(what + " gradient in", layer.gradient_in, 0, numbers(dy))
         assert x.grad is not None
         check_side(what + " gradient out", layer.gradient_out, 0, numbers(x.grad))
@@ -146,7 +146,7 @@ def test_counts(row: Row, dtype: torch.dtype, layout: str, isa: str, generator: 
         assert layer.units is not None
         assert layer.units.seen.all()
         assert (layer.units.active[0] == (numbers(y) != 0).any(axis=(0, 2, 3))).all(), what
-        assert layer.squashing == (levels(row.name.removeprefix("precise_"), values) is not None), what
+        assert layer.squashing == (levels(_registry.function_of(row.name), values) is not None), what
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])

@@ -58,7 +58,7 @@ struct Function {
   std::vector<std::string> arguments;  // x first
   std::vector<double> defaults;        // of the float parameters
   bool inplace = false;                // whether the last argument is `inplace`
-  int precise = kNone;                 // the row to take where the last argument, `precise_grad`, is true
+  int other = kNone;                   // the row to take where the last argument, `inplace` or `precise_grad`, is true
   py::object self;                     // the C function
 
   static constexpr int kNone = -1;
@@ -181,7 +181,7 @@ PyObject* call_row(const Function& f, PyObject** bound, const Tensor& x) {
   }
   if (!has_kernel(x)) return call_python(f, f.reference, bound);
   const bool inplace = f.inplace && flag;
-  const int row = flag && !inplace ? f.precise : f.row;
+  const int row = flag ? f.other : f.row;
   if (!inplace && plain(x) && untracked(x))
     return THPVariable_Wrap(unlocked(x, [&] { return cpu_forward(row, x, parameters); }));
   return with_arity(int(arity), [&]<class... P>() -> PyObject* {
@@ -305,10 +305,16 @@ py::object make_direct(const std::string& name) {
   return py::reinterpret_steal<py::object>(PyCFunction_New(&method, self.ptr()));
 }
 
-int row_named(const std::string& name) {
+/// Of activations.h; `otherwise` for no row of it.
+int row_named(const std::string& name, int otherwise) {
   for (int row = 0; row < kRowCount; ++row)
     if (name == kRows[row].name) return row;
-  throw py::key_error("no activation named " + name);
+  return otherwise;
+}
+
+int row_named(const std::string& name) {
+  const int row = row_named(name, Function::kNone);
+  return row != Function::kNone ? row : throw py::key_error("no activation named " + name);
 }
 
 /// Of softmax.h; -1 for no row of it.
@@ -327,7 +333,7 @@ std::vector<std::string> expected_arguments(const Function& f) {
   } else {
     for (int k = 0; k < kRows[f.row].arity(); ++k) names.push_back(kRows[f.row].parameters[k]);
     if (f.inplace) names.push_back("inplace");
-    if (f.precise != Function::kNone) names.push_back("precise_grad");
+    if (!f.inplace && f.other != Function::kNone) names.push_back("precise_grad");
   }
   return names;
 }
@@ -347,7 +353,8 @@ py::object make_function(const std::string& name, py::object reference, std::vec
                          std::move(arguments),
                          std::move(defaults),
                          inplace};
-  if (!f->arguments.empty() && f->arguments.back() == "precise_grad") f->precise = row_named("precise_" + name);
+  if (inplace) f->other = row_named("result_" + name, f->row);
+  if (!f->arguments.empty() && f->arguments.back() == "precise_grad") f->other = row_named("precise_" + name);
   if (f->arguments != expected_arguments(*f) || (!along_dim && int(f->defaults.size()) != kRows[f->row].arity()))
     throw py::value_error(name + ": the Python signature differs from the row's parameters");
   f->method = {f->name.c_str(), reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)),

@@ -147,7 +147,7 @@ class Jax:
 
     def _formulas(self) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
         """By op: the forward of (x, parameters), and the backward of (dy, y, parameters); of silu (dy, x)."""
-        nn, where, expm1 = self._jax.nn, self._numpy.where, self._numpy.expm1
+        nn, where = self._jax.nn, self._numpy.where
 
         def silu_backward(dy: Any, x: Any) -> Any:
             s = nn.sigmoid(x)
@@ -168,14 +168,14 @@ class Jax:
                 lambda x, scale, slope: scale * nn.sigmoid(slope * x),
                 lambda dy, y, scale, slope: dy * slope * y * (1 - y / scale),
             ),
-            "elu": (nn.elu, lambda dy, y, alpha: where(y > 0, dy, dy * (y + alpha))),
+            "elu": (nn.elu, lambda dy, x, alpha: where(x > 0, dy, dy * alpha * self._numpy.exp(x))),
             "silu": (nn.silu, silu_backward),
             "softplus": (
                 lambda x, beta, threshold: where(beta * x > threshold, x, nn.softplus(beta * x) / beta),
-                lambda dy, y, beta, threshold: where(beta * y > threshold, dy, dy * -expm1(-beta * y)),
+                lambda dy, x, beta, threshold: where(beta * x > threshold, dy, dy * nn.sigmoid(beta * x)),
             ),
-            "log_sigmoid": (nn.log_sigmoid, lambda dy, y: dy * -expm1(y)),
-            "hardsigmoid": (nn.hard_sigmoid, lambda dy, y: where((y > 0) & (y < 1), dy / 6, 0)),
+            "log_sigmoid": (nn.log_sigmoid, lambda dy, x: dy * nn.sigmoid(-x)),
+            "hardsigmoid": (nn.hard_sigmoid, lambda dy, x: where((x > -3) & (x < 3), dy / 6, 0)),
             "softmax": (nn.softmax, softmax_backward),
             "log_softmax": (nn.log_softmax, log_softmax_backward),
         }

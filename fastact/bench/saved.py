@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fastact._registry import precise
+from fastact._registry import variants
 from fastact.bench.cases import DTYPES, Case, torch_function
 
 
@@ -47,7 +47,7 @@ def saved_bytes(cases: Iterable[Case], device: str) -> list[Saved]:
     rows = []
     for (op, dtype), case in distinct.items():
         theirs = kept(torch_function(case.row)[0], dtype, case.args, device)
-        for row in (case.row, precise.get(f"precise_{op}")):
+        for row in (case.row, variants.get(f"precise_{op}")):
             if row:
                 rows.append(Saved(row.name, dtype, kept(row.function, dtype, case.args, device), theirs))
     return rows

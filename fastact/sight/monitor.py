@@ -479,7 +479,7 @@ def _side(ledgers: NDArray[np.uint64], side: int, histogram: NDArray[np.int64]) 
 
 def _bounds(kind: str, parameters: list[float]) -> tuple[float, float]:
     """Of the outputs: at the ends and at magnitudes between them."""
-    row = _registry.rows.get(kind.removeprefix("precise_"))
+    row = _registry.rows.get(_registry.function_of(kind))
     if row is None or (row.parameters and not row.along_dim and not parameters):
         return -math.inf, math.inf
     if row.along_dim:
@@ -496,7 +496,7 @@ def _layer(index: int, found: dict[str, Any], name: str, place: _Place, steps: l
     histograms = found["histograms"].cpu().numpy().view(np.uint32).astype(np.int64).reshape(3, 2, BINS)
     low, _ = found["levels"]
     kind, units = found["kind"], found["units"]
-    row = _registry.rows.get(kind.removeprefix("precise_"))
+    row = _registry.rows.get(_registry.function_of(kind))
     names = list(row.parameters) if row is not None and not row.along_dim else []
     rows = None
     if found["length"]:
@@ -514,7 +514,7 @@ def _layer(index: int, found: dict[str, Any], name: str, place: _Place, steps: l
 
     return Layer(
         name=name,
-        kind=kind.removeprefix("precise_"),
+        kind=_registry.function_of(kind),
         parameters=dict(zip(names, found["parameters"], strict=False)),
         source="fastact" if place.ours or not place.activation else "torch.nn",
         squashing=not math.isnan(low),
