@@ -7,6 +7,7 @@ import copy
 import gc
 import io
 import math
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -239,6 +240,17 @@ def test_counters_made_in_inference_mode_are_no_inference_tensors() -> None:
         assert not layer["histograms"].is_inference()
 
 
+def test_bins_do_not_overflow() -> None:
+    """Those on the device have 32 bits."""
+    x, calls = torch.zeros(1 << 24), 258
+    model = fastact.ReLU()
+    with fastact.monitor(model, sample=None) as watch, torch.no_grad():
+        for _ in range(calls):
+            model(x)
+    histogram = watch.history().layers[0].output.histogram
+    assert histogram[0, 0] == histogram.sum() == calls * x.numel()
+
+
 def test_rows_of_a_sample(generator: torch.Generator) -> None:
     """As many rows as have so many elements, other ones in every call."""
     x = torch.randn(1000, 10, generator=generator)
@@ -316,6 +328,42 @@ def test_torch_modules_get_the_same_figures(public_row: Row, generator: torch.Ge
             assert a == pytest.approx(b, rel=1e-4, abs=1e-3), f"{side} {name}"
 
 
+@pytest.mark.parametrize(
+    ("activation", "saturated"),
+    [
+        (nn.Hardtanh(-0.3, 0.7), lambda x: (x <= -0.3) | (x >= 0.7)),
+        (nn.ReLU6(), lambda x: (x <= 0) | (x >= 6)),
+        (nn.Softsign(), lambda x: 1 / (1 + x.abs()).square() < 1 - 0.97**2),
+    ],
+)
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16], ids=str)
+def test_saturation_of_modules_without_a_row(
+    activation: nn.Module, saturated: Callable[[Tensor], Tensor], narrow: torch.dtype, generator: torch.Generator
+) -> None:
+    x = (torch.randn(1000, generator=generator) * 4).to(narrow)
+    layer = only(watched(activation, lambda: activation(x), sample=None))
+    assert layer.squashing
+    expected = int(saturated(x.double()).sum())
+    # An output in 16 bits may round to the limit, or from it: 2^-8 of the inputs' range about it, of 1,000.
+    slack = 0 if narrow == torch.float32 or isinstance(activation, nn.ReLU6) else 15
+    assert abs(layer.output.low[0] + layer.output.high[0] - expected) <= slack
+    assert expected > 200
+
+
+def test_subclasses_of_torchs_modules(generator: torch.Generator) -> None:
+    """They may compute something else: they are looked at under their own name, without what is known of the class above."""
+
+    class Doubled(nn.Tanh):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    x = torch.randn(100, generator=generator)
+    model = Doubled()
+    layer = only(watched(model, lambda: model(x), sample=None))
+    assert (layer.name, layer.kind, layer.squashing) == ("doubled", "doubled", False)
+    check_side("twice", layer.output, 0, numbers(2 * torch.tanh(x)))
+
+
 def test_modules_without_a_row(generator: torch.Generator) -> None:
     x = torch.randn(6, 8, generator=generator)
     for module in (nn.GELU(), fastact.PReLU(8), fastact.Maxout(2), fastact.ScaledSigmoid(learnable=True, num_parameters=8)):
@@ -388,13 +436,30 @@ def test_a_place_that_calls_now_one_and_now_another() -> None:
 
 
 def test_a_layer_whose_width_changes() -> None:
-    """Its units are those of the first call; of another width there are no units to tell."""
+    """One module called at several widths in turn, as the ReLU of a bottleneck block is: a layer, with units, for each."""
     model = fastact.ReLU()
-    wide = torch.zeros(3, 16)
-    layer = only(watched(model, lambda: model(torch.ones(3, 8)), lambda: model(wide), sample=None))
-    assert layer.output.count.tolist() == [24, 48]
-    assert layer.units is not None
-    assert layer.units.seen.tolist() == [[True] * 8, [False] * 8]
+    narrow, wide = torch.ones(3, 8), torch.zeros(3, 16)
+
+    def call() -> None:
+        for x in (narrow, narrow, wide):
+            model(x)
+
+    history = watched(model, call, call, sample=None)
+    assert [(layer.name, layer.output.count.tolist()) for layer in history.layers] == [("relu", [48, 48]), ("relu#2", [48, 48])]
+    assert [layer.units.active.any(axis=0).tolist() for layer in history.layers if layer.units] == [[True] * 8, [False] * 16]
+
+
+def test_a_layer_of_any_width() -> None:
+    """As over sequences of any length: from the fifth width on, figures are the first layer's, which has no units for them."""
+    model = fastact.ReLU()
+    calls = [lambda n=n: model(torch.ones(3, n)) for n in range(1, 9)]
+    history = watched(model, *calls, sample=None)
+    assert [sum(layer.output.count) for layer in history.layers] == [3 + 3 * (5 + 6 + 7 + 8), 6, 9, 12]
+    units = history.layers[0].units
+    assert units is not None
+    assert units.seen.tolist() == [[True]] + [[False]] * 4
+    softmax = fastact.Softmax(dim=1)
+    assert len(watched(softmax, *[lambda n=n: softmax(torch.ones(3, n)) for n in range(2, 5)]).layers) == 1
 
 
 def test_in_place_and_checkpointed(generator: torch.Generator) -> None:
@@ -436,6 +501,25 @@ def train(net: nn.Module, steps: int, optimizer: torch.optim.Optimizer | None = 
             net(torch.ones(5, 8)).square().sum().backward()
         if optimizer:
             optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda y: y, lambda y: (torch.zeros(3), y), lambda y: {"probabilities": [y], "loss": None}, lambda y: y.clamp(0, 1)],
+    ids=["tensor", "tuple", "mapping", "clamped"],
+)
+def test_the_layer_that_makes_the_output(wrap: Callable[[Tensor], Any], request: pytest.FixtureRequest) -> None:
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.last = fastact.Tanh(), fastact.Sigmoid()
+
+        def forward(self, x: Tensor) -> Any:
+            return wrap(self.last(self.hidden(x)))
+
+    model = Returns()
+    found = watched(model, lambda: model(torch.ones(5, 8))).output
+    assert found == ("" if request.node.callspec.id == "clamped" else "last")
 
 
 def test_an_optimizer_ends_a_step() -> None:
@@ -482,6 +566,83 @@ def test_every_call_in_evaluation_mode_is_a_step() -> None:
     assert act.steps.tolist() == [0, 1, 2, 3, 4]
     assert act.training.tolist() == [True, True, False, False, True]
     assert act.output.count[2:4].tolist() == [160.0, 224.0]
+
+
+class Pair(nn.ModuleDict):
+    """Whose parts are called, and never itself: a generator and its discriminator, or a step of training written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__({"first": nn.Sequential(nn.Linear(8, 8), fastact.Tanh()), "second": nn.Sequential(nn.Tanh())})
+
+    def step(self, x: Tensor) -> Tensor:
+        return self["second"](self["first"](x)).sum()
+
+
+@pytest.mark.parametrize("begin", ["training", "evaluation"])
+def test_the_mode_of_parts_that_are_called_alone(begin: str) -> None:
+    net = Pair()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    modes = {"training": [True, True, False, True], "evaluation": [False, True]}[begin]
+    with fastact.monitor(net) as watch:
+        for training in modes:
+            net.train(training)
+            if training:
+                net.step(torch.ones(5, 8)).backward()
+                optimizer.step()
+            else:
+                with torch.no_grad():
+                    net.step(torch.ones(7, 8))
+                    net.step(torch.ones(7, 8))
+    for layer in watch.history().layers:
+        assert layer.training.tolist() == modes
+        assert layer.output.count.tolist() == [40 if training else 112 for training in modes]
+
+
+def test_a_frozen_part_is_of_the_step_of_the_whole() -> None:
+    """A model in training has parts in evaluation mode."""
+    net = nn.Sequential(nn.Linear(8, 8), fastact.Tanh(), nn.Linear(8, 8), fastact.Tanh())
+    net[1].eval()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    with fastact.monitor(net) as watch:
+        train(net, 3, optimizer)
+    for layer in watch.history().layers:
+        assert layer.training.tolist() == [True] * 3
+        assert layer.output.count.tolist() == [40] * 3
+
+
+def test_a_checkpoint_of_the_whole_model_is_one_step() -> None:
+    """It calls the model again in the backward."""
+    net = Net().eval()
+    with fastact.monitor(net) as watch:
+        for _ in range(3):
+            checkpoint(net, torch.ones(5, 8), use_reentrant=False).square().sum().backward()
+    act = watch.history().layers[0]
+    assert act.output.count.tolist() == [2 * 160] * 3
+    assert act.gradient_in.count.tolist() == [160] * 3
+
+
+def test_a_gradient_penalty_is_of_the_same_step() -> None:
+    """A gradient is taken, and the model called again, before the backward."""
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    with fastact.monitor(net, sample=None) as watch:
+        for step in range(4):
+            x = torch.ones(5, 8, requires_grad=True)
+            penalty = torch.autograd.grad(net(x).sum(), x, create_graph=True)[0].square().sum()
+            if step > 0:  # from when on it is known that there is an optimizer
+                penalty = penalty + net(x).square().sum()
+            penalty.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert watch.history().layers[0].output.count.tolist() == [160, 320, 320, 320]
+
+
+def test_parameters_that_are_replaced() -> None:
+    net = Net()
+    with fastact.monitor(net) as watch:
+        net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()}, assign=True)
+        train(net, 3, torch.optim.SGD(net.parameters(), 0.01))
+    assert watch.history().layers[0].steps.tolist() == [0, 1, 2]
 
 
 def test_one_of_every_steps() -> None:
@@ -534,6 +695,24 @@ def test_many_steps_are_taken_in() -> None:
 def hooks(model: nn.Module) -> int:
     ours = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     return ours + len(_global_optimizer_post_hooks)
+
+
+def test_a_model_that_holds_its_monitor() -> None:
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = fastact.Tanh()
+            self.watch = fastact.monitor(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(x)
+
+    model = Watched()
+    other = copy.deepcopy(model)
+    model(torch.ones(3))
+    other(torch.ones(5))
+    model.watch.close()
+    assert only(model.watch.history()).output.count.tolist() == [3]
 
 
 def test_nothing_is_left_behind() -> None:
@@ -704,6 +883,23 @@ def test_the_memory_of_a_layer() -> None:
     assert len(step.chunks) > 1
     watch.close()
     assert [layer.output.count.tolist() for layer in watch.history().layers] == [[4 * 8192]] * layers
+
+
+def test_the_memory_of_many_steps() -> None:
+    """A bit for each unit and step, twice, before close() and after."""
+    steps, units = 400, 16_000
+    model = fastact.ReLU()
+    x = torch.ones(1, units)
+    watch = fastact.monitor(model)
+    tracemalloc.start()
+    for _ in range(steps):
+        model(x)
+        watch.step()
+    watch.close()
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # The histograms and the sums of a layer take some tens of KiB; a byte for each unit would be 12 MB more.
+    assert held < 2 * steps * units / 8 * 1.5
 
 
 # ---- Planted troubles --------------------------------------------------------------------------------------------------------

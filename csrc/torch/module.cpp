@@ -464,6 +464,7 @@ py::dict describe(const watch::Layer& l) {
   d["length"] = l.length;
   d["levels"] = py::make_tuple(l.levels.low, l.levels.high);
   d["histograms"] = wrap(l.histograms);
+  d["carried"] = l.carried.defined() ? wrap(l.carried) : py::none();
   return d;
 }
 
@@ -477,11 +478,10 @@ struct Place {
 
 const Place& place_of(PyObject* capsule) { return *static_cast<Place*>(PyCapsule_GetPointer(capsule, nullptr)); }
 
-PyObject* enter(PyObject* self, PyObject*) {
+PyObject* enter(PyObject* self, PyObject* training) {
   HANDLE_TH_ERRORS
   const Place& place = place_of(self);
-  place.monitor->enter(place.scope);
-  Py_RETURN_NONE;
+  return PyBool_FromLong(place.monitor->enter(place.scope, training == Py_True));
   END_HANDLE_TH_ERRORS
 }
 
@@ -492,10 +492,11 @@ PyObject* leave(PyObject* self, PyObject*) {
   END_HANDLE_TH_ERRORS
 }
 
-/// The scope of a new place, and what its hooks call: enter(), and leave(), which says whether the output is theirs to look at.
+/// The scope of a new place, and what its hooks call: enter(training), which says whether it has entered, and leave(), which
+/// says whether the output is theirs to look at.
 /// Built-in functions, since every forward calls both.
 py::tuple add_place(const std::shared_ptr<watch::Monitor>& monitor, int64_t unit_dim, bool activation) {
-  static PyMethodDef methods[] = {{"enter", enter, METH_NOARGS, nullptr}, {"leave", leave, METH_NOARGS, nullptr}};
+  static PyMethodDef methods[] = {{"enter", enter, METH_O, nullptr}, {"leave", leave, METH_NOARGS, nullptr}};
   const int64_t scope = monitor->add_scope(unit_dim);
   const py::capsule place(new Place{monitor, scope, activation}, [](void* p) { delete static_cast<Place*>(p); });
   const auto function = [&](PyMethodDef& method) {
@@ -517,8 +518,11 @@ void define_monitor(py::module_& m) {
       .def("add_place", &add_place)
       .def("output",
            [](Monitor& monitor, int64_t scope, const std::string& name, const std::vector<double>& parameters,
-              std::optional<int64_t> dim,
-              py::handle y) { return monitor.output(scope, kind_of(name, parameters, dim), THPVariable_Unpack(y.ptr())); })
+              std::optional<int64_t> dim, std::pair<double, double> levels, py::handle y) {
+             watch::Kind kind = kind_of(name, parameters, dim);
+             kind.levels = {levels.first, levels.second};
+             return monitor.output(scope, kind, THPVariable_Unpack(y.ptr()));
+           })
       .def_property(
           "running", [](const Monitor& monitor) { return monitor.running.load(); },
           [](Monitor& monitor, bool is) { monitor.running = is; })
@@ -528,6 +532,9 @@ void define_monitor(py::module_& m) {
       .def_property(
           "training", [](const Monitor& monitor) { return monitor.training.load(); },
           [](Monitor& monitor, bool is) { monitor.training = is; })
+      .def_property(
+          "calls", [](const Monitor& monitor) { return monitor.calls.load(); },
+          [](Monitor& monitor, int number) { monitor.calls = number; })
       .def_property_readonly("gradients", [](const Monitor& monitor) { return monitor.gradients.load(); })
       .def(
           "maker_of",
@@ -553,7 +560,7 @@ void define_monitor(py::module_& m) {
               for (size_t k = 0; k < chunks.size(); ++k) {
                 const auto& [counters, used] = chunks[k];
                 if (!counters.is_cpu()) {
-                  list.append(py::make_tuple(device, k, wrap(counters.narrow(0, 0, used))));
+                  list.append(py::make_tuple(device, k, wrap(watch::to_host(chunks[k]))));
                   continue;
                 }
                 auto* const bytes = static_cast<char*>(counters.mutable_data_ptr());
@@ -562,7 +569,7 @@ void define_monitor(py::module_& m) {
               }
             return list;
           },
-          "The counters: those on the CPU as bytes, and set to 0; else as tensors, for the caller to do so.");
+          "The counters, which are then 0: those on the CPU as bytes, others as tensors on their way to the host.");
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Monitors: which layer a call belongs to, and where its counters are.
 #include "watch.h"
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 
@@ -16,10 +17,11 @@ std::atomic<int> monitors{0};
 
 namespace {
 
-constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
 // A layer takes at most 64 KiB: its ledger, its histograms, two bytes per unit.
 constexpr int64_t kMostUnits = (65536 - int64_t(sizeof(Ledger)) - kSides * int64_t(sizeof(Histogram))) / 2;
 constexpr int64_t kChunk = 1 << 18;
+constexpr int64_t kMostCounted = int64_t(1) << 32;
+constexpr size_t kMostWidths = 4;
 // What torch.func would have to do with the counters, were they its tensors.
 constexpr c10::DispatchKeySet kTransforms({c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
                                            c10::DispatchKey::FuncTorchDynamicLayerBackMode,
@@ -47,7 +49,7 @@ Levels levels_of(const double* p) {
   const auto y = [&](double x) { return f.forward(x); };
   const auto slope = [&](double x) { return std::abs(f.backward(1.0, Functor<double>::saves_input(p) ? x : y(x))); };
   const double bottom = y(-infinity), top = y(infinity);
-  if (!std::isfinite(bottom) || !std::isfinite(top) || bottom == top) return {kNone, kNone};
+  if (!std::isfinite(bottom) || !std::isfinite(top) || bottom == top) return {};
   double steepest = 0;
   for (int e = -64; e <= 64; ++e)
     for (double sign : {-1.0, 1.0})
@@ -78,12 +80,20 @@ bool has_eyes(const Tensor& x) {
   return has_kernels(x.scalar_type()) && x.layout() == at::kStrided && x.has_storage() && eyes(x.device().type());
 }
 
-std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, int64_t unit_dim, const Kind& kind,
-                                  const Tensor& y) {
+struct Width {
+  int64_t dim, units;
+};
+
+/// Along which dim y has units, and how many; -1 and 0 where it has none or too many.
+Width width_of(const Tensor& y, int64_t unit_dim) {
   const int64_t rank = y.dim();
-  int64_t dim = unit_dim == Scope::kByRank ? (rank > 3 ? 1 : rank - 1) : unit_dim < 0 ? unit_dim + rank : unit_dim;
-  int64_t units = 0 <= dim && dim < rank ? y.size(dim) : 0;
-  if (units > kMostUnits) units = 0;
+  const int64_t dim = unit_dim == Scope::kByRank ? (rank > 3 ? 1 : rank - 1) : unit_dim < 0 ? unit_dim + rank : unit_dim;
+  const int64_t units = 0 <= dim && dim < rank ? y.size(dim) : 0;
+  return 0 < units && units <= kMostUnits ? Width{dim, units} : Width{-1, 0};
+}
+
+std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, Width width, const Kind& kind, const Tensor& y) {
+  const auto [dim, units] = width;
   const int64_t bytes = (int64_t(sizeof(Ledger)) + 2 * units + 15) / 16 * 16;
   const c10::InferenceMode counters_outlive_it(false);
   const c10::impl::ExcludeDispatchKeyGuard and_transforms(kTransforms);
@@ -101,8 +111,8 @@ std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, i
       .chunk = int64_t(chunks.size()) - 1,
       .offset = chunk.used,
       .units = units,
-      .unit_dim = units > 0 ? dim : -1,
-      .levels = kind.row < 0 ? Levels{kNone, kNone} : levels(kind.row, kind.parameters),
+      .unit_dim = dim,
+      .levels = kind.row < 0 ? kind.levels : levels(kind.row, kind.parameters),
       .ledger = place,
       .histograms = at::zeros({kSides, 2, Histogram::kBins}, options.dtype(at::kInt)),
       .flags = place.narrow(0, int64_t(sizeof(Ledger)), 2 * units),
@@ -119,9 +129,27 @@ std::shared_ptr<Layer> layer_at(Monitor& m, int64_t scope, int64_t position, con
   Scope& s = m.scopes[size_t(scope)];
   if (int64_t(s.calls.size()) <= position) s.calls.resize(size_t(position) + 1);
   Layers& layers = s.calls[size_t(position)];
-  for (const auto& layer : layers)
-    if (layer->device == y.device() && strcmp(layer->kind.name, kind.name) == 0) return layer;
-  return layers.emplace_back(make_layer(m, scope, position, s.unit_dim, kind, y));
+  const Width width = width_of(y, s.unit_dim);
+  std::shared_ptr<Layer> other;  // of another width
+  size_t widths = 0;
+  for (const auto& layer : layers) {
+    if (layer->device != y.device() || strcmp(layer->kind.name, kind.name) != 0) continue;
+    if (layer->units == width.units || kind.along_dim) return layer;
+    if (widths++ == 0) other = layer;
+  }
+  if (widths == kMostWidths) return other;
+  return layers.emplace_back(make_layer(m, scope, position, width, kind, y));
+}
+
+/// Makes room in the bins for n more elements.
+void carry(Layer& layer, int64_t n) {
+  const c10::InferenceMode counters_outlive_it(false);
+  const c10::impl::ExcludeDispatchKeyGuard and_transforms(kTransforms);
+  const Tensor counts = layer.histograms.to(at::kLong).bitwise_and(0xffffffff);
+  const Tensor carried = counts.div(kCarry, "floor").to(at::kInt);
+  layer.carried = layer.carried.defined() ? layer.carried.add(carried) : carried;
+  layer.histograms.copy_(counts.remainder(kCarry));
+  layer.counted = kCarry + n;
 }
 
 void look_at_output(Layer& layer, const Kind& kind, const Tensor& y) {
@@ -169,9 +197,14 @@ int64_t Monitor::add_scope(int64_t unit_dim) {
   return int64_t(scopes.size()) - 1;
 }
 
-void Monitor::enter(int64_t scope) {
+bool Monitor::enter(int64_t scope, bool training_) {
+  if (calls == 0) {
+    if (running && training_ && !training) return false;
+    if (!running) training = training_;
+  }
   running = true;
   if (recording) frames.push_back({shared_from_this(), scope});
+  return true;
 }
 
 int64_t Monitor::leave(int64_t scope) {
@@ -184,6 +217,16 @@ int64_t Monitor::leave(int64_t scope) {
       return calls;
     }
   return -1;
+}
+
+Tensor to_host(const Chunk& chunk) {
+  const c10::InferenceMode counters_outlive_it(false);
+  const c10::impl::ExcludeDispatchKeyGuard and_transforms(kTransforms);
+  const Tensor counters = chunk.bytes.narrow(0, 0, chunk.used);
+  const Tensor copy = at::empty(counters.sizes(), at::TensorOptions(at::kByte).pinned_memory(true));
+  copy.copy_(counters, /*non_blocking=*/true);
+  counters.zero_();
+  return copy;
 }
 
 std::shared_ptr<Layer> Monitor::output(int64_t scope, const Kind& kind, const Tensor& y) {
@@ -227,8 +270,12 @@ void look(Layer& layer, int side, const Tensor& given) {
   if (monitor->training && !std::exchange(layer.trained, true)) {
     const c10::impl::ExcludeDispatchKeyGuard ours(kTransforms);
     layer.histograms.zero_();
+    layer.carried.reset();
+    layer.counted = 0;
   }
   if (!monitor->training && layer.trained) a.thinned = 0;
+  const int64_t into_bins = a.thinned > 0 ? std::min(a.n, a.runs * Look::kRun) : 0;
+  if ((layer.counted += into_bins) >= kMostCounted) carry(layer, into_bins);
   a.units = units ? layer.units : 0;
   a.inner = units ? (layer.units == 1 ? x.numel() : x.stride(layer.unit_dim)) : 1;
   auto* const ledger = reinterpret_cast<Ledger*>(layer.ledger.mutable_data_ptr());

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <deque>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -33,6 +34,14 @@ constexpr Eyes kEyes{Device::look, Device::look_at_rows};
 /// Of tensors on that kind of device; registered by the file of its kernels.
 void give_eyes(c10::DeviceType, const Eyes&);
 
+constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+
+/// From which outputs on a squashing function is saturated: where its derivative is below kSaturated of its largest. NaN, both,
+/// for a function that is not bounded on both sides.
+struct Levels {
+  double low = kNone, high = kNone;
+};
+
 /// An activation with its parameters. `row`: of activations.h; -1 for those of softmax.h, and for what has no row.
 struct Kind {
   const char* name;
@@ -40,13 +49,9 @@ struct Kind {
   double parameters[kMaxParameters] = {};
   bool along_dim = false, logarithms = false;
   int64_t dim = 0;
+  Levels levels = {};  // where there is no row that tells them
 };
 
-/// From which outputs on a squashing function is saturated: where its derivative is below kSaturated of its largest. NaN, both,
-/// for a function that is not bounded on both sides.
-struct Levels {
-  double low, high;
-};
 constexpr double kSaturated = 1 - 0.97 * 0.97;  // |tanh x| > 0.97
 Levels levels(int row, const double* parameters);
 
@@ -56,7 +61,13 @@ struct Chunk {
   int64_t used = 0;
 };
 
+/// A copy of the counters of a chunk on a GPU, which is there once the current stream has come so far, and sets them to 0.
+Tensor to_host(const Chunk& chunk);
+
 struct Monitor;
+
+/// Bins have 32 bits.
+constexpr int64_t kCarry = 1 << 16;
 
 /// The counters of one activation on one device.
 struct Layer {
@@ -69,6 +80,8 @@ struct Layer {
   int64_t length = 0;       // of a softmax: of the last rows
   Levels levels;
   Tensor ledger, histograms, flags;  // views of the chunk, and kSides histograms
+  Tensor carried;                    // of the histograms, in units of kCarry; undefined until a bin might overflow
+  int64_t counted = 0;               // since then: at least what any bin has
   int64_t calls[kSides] = {}, row_calls = 0;
   bool trained = false;  // the histograms are those of training; while there was none, of evaluation
   int64_t sample;
@@ -91,6 +104,7 @@ struct Monitor : std::enable_shared_from_this<Monitor> {
   std::atomic<bool> running = false;   // whether a module was entered since this was last set to false
   std::atomic<bool> recording = true;  // what is entered otherwise is not looked at
   std::atomic<bool> training = true;   // the mode of what comes
+  std::atomic<int> calls{0};           // of the watched model, that have begun and not ended
   std::deque<Scope> scopes;
   Layers layers;                                    // in the order of their first calls
   std::map<std::string, std::deque<Chunk>> chunks;  // by device
@@ -107,8 +121,9 @@ struct Monitor : std::enable_shared_from_this<Monitor> {
   void close();
   /// A new scope. `unit_dim`: that of its calls.
   int64_t add_scope(int64_t unit_dim);
-  /// From now on, in this thread, calls of activations belong to that scope; until it is left.
-  void enter(int64_t scope);
+  /// From now on, in this thread, calls of activations belong to that scope; until it is left. Unless that is not called in
+  /// the mode of the step, and nobody but the module's own flag, `training`, could say so: false, then.
+  bool enter(int64_t scope, bool training);
   /// How many calls of ours there were; -1 where it was not entered.
   int64_t leave(int64_t scope);
   /// For an output that no op of ours has computed.

@@ -46,12 +46,29 @@ class Rows:
     nan: NDArray[np.float64]  # rows with a NaN
 
 
-@dataclass
 class Units:
-    """Which units were ever seen at another value than 0: arrays of [steps, units]."""
+    """Which units were ever seen at another value than 0. Kept as bits: a long run of a wide layer has many."""
 
-    seen: NDArray[np.bool_]  # at least one of the unit's elements was looked at
-    active: NDArray[np.bool_]  # and one of these was not 0 (a NaN is not 0)
+    def __init__(self, seen: NDArray[np.bool_], active: NDArray[np.bool_]) -> None:
+        self.number: int = seen.shape[1]
+        self._seen, self._active = np.packbits(seen, axis=1), np.packbits(active, axis=1)
+
+    @staticmethod
+    def of_bits(seen: NDArray[np.uint8], active: NDArray[np.uint8], number: int) -> Units:
+        """Of arrays of [steps, number / 8], as np.packbits makes them."""
+        units = Units.__new__(Units)
+        units.number, units._seen, units._active = number, seen, active
+        return units
+
+    @property
+    def seen(self) -> NDArray[np.bool_]:
+        """[steps, units]: at least one of the unit's elements was looked at."""
+        return np.unpackbits(self._seen, axis=1, count=self.number).astype(np.bool_)
+
+    @property
+    def active(self) -> NDArray[np.bool_]:
+        """[steps, units]: and one of these was not 0 (a NaN is not 0)."""
+        return np.unpackbits(self._active, axis=1, count=self.number).astype(np.bool_)
 
 
 @dataclass

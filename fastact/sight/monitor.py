@@ -30,6 +30,13 @@ _BY_RANK = -(2**63)
 
 _OURS: tuple[type[nn.Module], ...] = tuple(getattr(modules, name) for name in modules.__all__)
 _TORCHS = tuple({getattr(nn, name) for name in nn.modules.activation.__all__} - {nn.MultiheadAttention})
+# Outputs from which on those are saturated that have no row, on both sides: where the derivative is 0, or (1 - |y|)^2 is below
+# 1 - 0.97^2 (csrc/torch/watch.h).
+_LEVELS: dict[type[nn.Module], Callable[[Any], tuple[float, float]]] = {
+    nn.Hardtanh: lambda module: (module.min_val, module.max_val),
+    nn.ReLU6: lambda module: (module.min_val, module.max_val),
+    nn.Softsign: lambda module: (-(1 - math.sqrt(1 - 0.97**2)), 1 - math.sqrt(1 - 0.97**2)),
+}
 # Made of several operators of autograd, of which the last one's gradient is not that of the input.
 _COMPOSED = (nn.Softsign, nn.Tanhshrink)
 # Modules after which the second dim is that of the channels, whatever the rank.
@@ -52,10 +59,11 @@ def monitor(
     """Watches the activations of a model at work: `with fastact.monitor(model) as watch:` around a training loop, then
     `print(watch.report())`; or `watch = fastact.monitor(model)` and at the end `watch.close()`.
 
-    A step ends with the `step()` of an optimizer that holds parameters of the model; where the model is called after a backward
-    pass and parameters have changed or gradients are gone; in evaluation mode with every call; and with `watch.step()`. One of
-    `every` steps is recorded. Of a tensor with more than `sample` elements about so many are looked at, in runs of 64
-    neighbours spread evenly over it, other ones at every call; with `sample=None` all are, and all counts are exact.
+    A step ends with the `step()` of an optimizer that holds parameters of the model (while none has been seen, where the model
+    is called after a backward pass, and parameters have changed or gradients are gone); in evaluation mode with every call; and
+    with `watch.step()`. One of `every` steps is recorded. Of a tensor with more than `sample` elements about so many are looked
+    at, in runs of 64 neighbours spread evenly over it, other ones at every call; with `sample=None` all are, and all counts are
+    exact.
 
     Units, of which the dead ones are counted, lie along `unit_dim`: an int for all activations, or one by path; by default the
     second dim behind convolutions and normalisations over channels and of tensors with more than three dims, else the last.
@@ -105,12 +113,15 @@ _compiling = torch.compiler.is_dynamo_compiling
 
 
 class _Enter(_Hook):
-    def __init__(self, enter: Callable[[], None]) -> None:
+    """Calls on where it is not entered, since a step in the other mode has to end first."""
+
+    def __init__(self, enter: Callable[[bool], bool], watch: Watch) -> None:
+        super().__init__(watch, Watch._switched, enter)
         self._enter = enter
 
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
-        if not _compiling():
-            self._enter()
+        if not _compiling() and not self._enter(module.training):
+            super().__call__(module, args, output)
 
 
 class _Leave(_Hook):
@@ -148,7 +159,9 @@ class Watch:
         self._distributed = _distributed(model)
         self._compiled = any(_compiled(m) for m in model.modules())
         model = _unwrapped(model)
+        self._model = weakref.ref(model)
         self._parameters = [weakref.ref(p) for p in model.parameters()]
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # of the model, that have made a step
         self._core: Any = _C.Monitor(sample or 0)
         self._places: list[_Place] = []
         self._handles: list[Any] = []
@@ -176,7 +189,7 @@ class Watch:
         returned = _Hook(self, Watch._returned)
         before: nn.Module | None = None
         for module, (path, *shared) in paths.items():
-            ours, torchs = isinstance(module, _OURS), type(module) in _TORCHS
+            ours, torchs = isinstance(module, _OURS), isinstance(module, _TORCHS)
             leaf = next(module.children(), None) is None
             if ours or torchs or not type(module).__module__.startswith("torch."):
                 self._places.append(_Place(path, shared, ours or torchs, ours))
@@ -185,12 +198,12 @@ class Watch:
                     dim = unit_dim.get(path, dim) if isinstance(unit_dim, Mapping) else unit_dim
                 scope, enter, leave = self._core.add_place(dim, ours or torchs)
                 hook = _Leave(leave, self, Watch._look_at_output, scope)
-                self._handles.append(module.register_forward_pre_hook(_Enter(enter)))
+                self._handles.append(module.register_forward_pre_hook(_Enter(enter, self)))
                 self._handles.append(module.register_forward_hook(hook, always_call=True))
             if leaf:
                 before = module
 
-        self._handles.append(model.register_forward_hook(returned))
+        self._handles.append(model.register_forward_hook(returned, always_call=True))
 
         mine = weakref.ref(self)
 
@@ -202,13 +215,26 @@ class Watch:
         self._handles.append(register_optimizer_step_post_hook(stepped))
 
     def _called(self, module: nn.Module, output: Any) -> None:
-        if self._core.running:
-            trained = self._core.gradients != self._gradients and self._updated()
-            if trained or not module.training or not self._core.training:
-                self.step()
+        in_backward = torch._C._current_graph_task_id() != -1  # a checkpoint calls once more, for the same step
+        if self._core.running and not in_backward and (not module.training or not self._core.training or self._trained()):
+            self.step()
+        self._core.calls += 1
+        if in_backward:
+            return
         if not self._core.running:
             self._versions = self._versions_now()
         self._core.training, self._core.running = module.training, True
+
+    def _switched(self, module: nn.Module, output: Any, enter: Callable[[bool], bool]) -> None:
+        self.step()
+        enter(module.training)
+
+    def _trained(self) -> bool:
+        """Whether what comes is a new step, where no optimizer says so: after a backward, parameters have been changed or new
+        gradients are prepared."""
+        if self._optimizers or self._core.gradients == self._gradients:
+            return False
+        return self._versions_now() != self._versions or all(p.grad is None for p in self._alive())
 
     def _alive(self) -> Iterator[nn.Parameter]:
         return (p for reference in self._parameters if (p := reference()) is not None)
@@ -217,19 +243,19 @@ class Watch:
         """A number that grows with every change of a parameter in place."""
         return sum(p._version for p in self._alive() if not is_lazy(p) and not p.is_inference())
 
-    def _updated(self) -> bool:
-        """Since the step began; or whether a new one is prepared."""
-        return self._versions_now() != self._versions or all(p.grad is None for p in self._alive())
-
     def _returned(self, module: nn.Module, output: Any) -> None:
-        if self._core.recording and type(output) is Tensor and output.device.type in ("cpu", "cuda"):
-            self._maker = self._core.maker_of(output)
+        self._core.calls = max(self._core.calls - 1, 0)
+        if not self._core.recording:
+            return
+        makers = [self._core.maker_of(y) for y in _tensors(output)]
+        if makers:
+            self._maker = max(makers)
 
     def _look_at_output(self, module: nn.Module, output: Any, scope: int) -> None:
         if type(output) not in (Tensor, nn.Parameter) or output.is_nested:
             return
         name, parameters, dim = _kind(module, output)
-        layer = self._core.output(scope, name, parameters, dim, output.detach())
+        layer = self._core.output(scope, name, parameters, dim, _levels(module, output.dtype), output.detach())
         if layer is None or output.grad_fn is None:
             return
 
@@ -241,11 +267,17 @@ class Watch:
         output.grad_fn.register_hook(passed)
 
     def _optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self._core.running:
+        model = self._model()
+        if not self._core.running or model is None:
             return
-        own = {id(p) for p in self._alive()}
-        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            self.step()
+        if optimizer not in self._optimizers:
+            # Which may have been given other parameters since the last look.
+            own = {id(p): p for p in model.parameters()}
+            if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+                return
+            self._parameters = [weakref.ref(p) for p in own.values()]
+            self._optimizers.add(optimizer)
+        self.step()
 
     # ---- Steps -----------------------------------------------------------------------------------------------------------
 
@@ -258,7 +290,7 @@ class Watch:
             if len(self._pending) >= PENDING:
                 self._take_in(wait=False)
         self._step += 1
-        self._core.running, self._gradients = False, self._core.gradients
+        self._core.running, self._core.calls, self._gradients = False, 0, self._core.gradients
         self._core.recording = self._step % self.every == 0
 
     def _take_in(self, wait: bool) -> None:
@@ -324,6 +356,10 @@ class Watch:
         # After an exception the other ranks may never come.
         self.close(combine=kind is None)
 
+    def __deepcopy__(self, memo: Any) -> Watch:
+        """Of a model that holds its monitor, a copy is not watched."""
+        return self
+
     def __del__(self) -> None:
         for handle in getattr(self, "_handles", ()):
             handle.remove()
@@ -361,7 +397,7 @@ _ROWS = {row.class_name: row for row in _registry.rows.values()}
 def _kind(module: nn.Module, y: Tensor) -> tuple[str, list[float], int | None]:
     """Name of the activation of a module that no kernel of ours reports, parameters and dim as far as a row has them."""
     name = type(module).__name__
-    row = _ROWS.get(name)
+    row = _ROWS.get(name) if type(module) in _TORCHS or isinstance(module, _OURS) else None
     if row is None:
         return name.lower(), [], None
     if row.along_dim:
@@ -371,6 +407,23 @@ def _kind(module: nn.Module, y: Tensor) -> tuple[str, list[float], int | None]:
     if any(isinstance(p, Tensor) for p in parameters):  # one per channel
         return row.name, [], None
     return row.name, [float(p) for p in parameters], None
+
+
+def _levels(module: nn.Module, dtype: torch.dtype) -> tuple[float, float]:
+    """Of those without a row, as outputs of that dtype have them."""
+    if type(module) not in _LEVELS:
+        return math.nan, math.nan
+    low, high = torch.tensor(_LEVELS[type(module)](module)).to(dtype).tolist()
+    return low, high
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Those that a model returns, one by one or in tuples, lists and mappings."""
+    if type(output) is Tensor and output.device.type in ("cpu", "cuda"):
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)
 
 
 # ---- Counters ------------------------------------------------------------------------------------------------------------
@@ -398,7 +451,12 @@ class _Copies(NamedTuple):
         chunks: dict[tuple[str, int], Tensor | bytes] = {}
         events: list[Any] = []
         for device, index, counters in core.take():
-            chunks[device, index] = counters if isinstance(counters, bytes) else _to_host(counters, events)
+            chunks[device, index] = counters
+            if not isinstance(counters, bytes):
+                event: Any = torch.cuda.Event
+                with torch.cuda.device(device):
+                    events.append(event())
+                    events[-1].record()
         return _Copies(number, training, chunks, events)
 
     def ready(self) -> bool:
@@ -422,19 +480,6 @@ class _Copies(NamedTuple):
             at += 8 * _WORDS
             flags.append((np.packbits(array[at : at + units]), np.packbits(array[at + units : at + 2 * units])))
         return _Step(self.number, self.training, ledgers, flags)
-
-
-@torch.no_grad()
-def _to_host(counters: Tensor, events: list[Any]) -> Tensor:
-    """A copy of counters on a GPU, there once the event has come that is added to the others; and sets them to 0."""
-    copy = torch.empty(counters.shape, dtype=counters.dtype, device="cpu", pin_memory=True)
-    copy.copy_(counters, non_blocking=True)
-    counters.zero_()
-    event: Any = torch.cuda.Event
-    with torch.cuda.device(counters.device):
-        events.append(event())
-        events[-1].record()
-    return copy
 
 
 def _names(layers: list[dict[str, Any]], places: list[_Place]) -> list[str]:
@@ -493,7 +538,10 @@ def _bounds(kind: str, parameters: list[float]) -> tuple[float, float]:
 def _layer(index: int, found: dict[str, Any], name: str, place: _Place, steps: list[_Step]) -> Layer:
     seen = [s for s in steps if index < len(s.ledgers) and s.ledgers[index, [0, len(_TALLY), 2 * len(_TALLY)]].any()]
     ledgers = np.stack([s.ledgers[index] for s in seen]) if seen else np.zeros((0, _WORDS), np.uint64)
-    histograms = found["histograms"].cpu().numpy().view(np.uint32).astype(np.int64).reshape(3, 2, BINS)
+    histograms = found["histograms"].cpu().numpy().view(np.uint32).astype(np.int64)
+    if found["carried"] is not None:
+        histograms += found["carried"].cpu().numpy().astype(np.int64) << 16
+    histograms = histograms.reshape(3, 2, BINS)
     low, _ = found["levels"]
     kind, units = found["kind"], found["units"]
     row = _registry.rows.get(_registry.function_of(kind))
@@ -508,9 +556,9 @@ def _layer(index: int, found: dict[str, Any], name: str, place: _Place, steps: l
             entropy=np.ascontiguousarray(words[:, 3:]).view(np.float64)[:, 0],
         )
 
-    def unpacked(which: int) -> NDArray[np.bool_]:
-        bits = [np.unpackbits(s.flags[index][which], count=units) for s in seen]  # type: ignore[index]
-        return np.stack(bits).astype(np.bool_) if bits else np.zeros((0, units), np.bool_)
+    def bits(which: int) -> NDArray[np.uint8]:
+        packed = [s.flags[index][which] for s in seen]  # type: ignore[index]
+        return np.stack(packed) if packed else np.zeros((0, (units + 7) // 8), np.uint8)
 
     return Layer(
         name=name,
@@ -526,7 +574,7 @@ def _layer(index: int, found: dict[str, Any], name: str, place: _Place, steps: l
         gradient_in=_side(ledgers, 1, histograms[1]),
         gradient_out=_side(ledgers, 2, histograms[2]),
         rows=rows,
-        units=Units(seen=unpacked(0), active=unpacked(1)) if units else None,
+        units=Units.of_bits(bits(0), bits(1), units) if units else None,
         unit_dim=found["unit_dim"] if units else None,
         shared=place.shared,
     )
@@ -576,7 +624,7 @@ def _sum_of(parts: list[Layer]) -> Layer:
         }
 
     first = parts[0]
-    same_units = first.units is not None and all(p.units and p.units.seen.shape[1] == first.units.seen.shape[1] for p in parts)
+    same_units = first.units is not None and all(p.units and p.units.number == first.units.number for p in parts)
     return Layer(
         **{
             **vars(first),
@@ -584,6 +632,11 @@ def _sum_of(parts: list[Layer]) -> Layer:
             "training": rows_of([p.training for p in parts], "seen"),
             **{side: Side(**fields([getattr(p, side) for p in parts])) for side in ("output", "gradient_in", "gradient_out")},
             "rows": Rows(**fields([p.rows for p in parts])) if all(p.rows for p in parts) else None,
-            "units": Units(**fields([p.units for p in parts])) if same_units else None,
+            "units": Units(
+                seen=rows_of([p.units.seen for p in parts if p.units], "seen"),
+                active=rows_of([p.units.active for p in parts if p.units], "active"),
+            )
+            if same_units
+            else None,
         }
     )
