@@ -122,12 +122,16 @@ void bind(const Function& f, PyObject* const* args, Py_ssize_t count, PyObject* 
   TORCH_CHECK_TYPE(bound[0], f.name, "() missing 1 required positional argument: '", f.arguments[0], "'");
 }
 
-/// Calls something Python with the bound arguments, as keywords after the first.
-PyObject* call_python(const Function& f, py::handle callable, PyObject** bound) {
+/// The bound arguments after the first.
+py::dict keywords_of(const Function& f, PyObject** bound) {
   py::dict keywords;
   for (size_t k = 1; k < f.arguments.size(); ++k)
     if (bound[k]) keywords[f.arguments[k].c_str()] = py::handle(bound[k]);
-  return callable(py::handle(bound[0]), **keywords).release().ptr();
+  return keywords;
+}
+
+PyObject* call_reference(const Function& f, PyObject** bound) {
+  return f.reference(py::handle(bound[0]), **keywords_of(f, bound)).release().ptr();
 }
 
 /// Whether a tensor subclass or a mode wants to see the call before us.
@@ -138,12 +142,9 @@ bool has_torch_function(PyObject* x) {
 }
 
 PyObject* call_torch_function(const Function& f, PyObject** bound) {
-  py::dict keywords;
-  for (size_t k = 1; k < f.arguments.size(); ++k)
-    if (bound[k]) keywords[f.arguments[k].c_str()] = py::handle(bound[k]);
   const py::object handler = py::module_::import("torch.overrides").attr("handle_torch_function");
   const py::object x = py::reinterpret_borrow<py::object>(bound[0]);
-  return handler(f.self, py::make_tuple(x), x, **keywords).release().ptr();
+  return handler(f.self, py::make_tuple(x), x, **keywords_of(f, bound)).release().ptr();
 }
 
 /// A Python number as a parameter of the kernel for x; empty where torch has to say what becomes of it: of tensors, complex
@@ -170,7 +171,7 @@ PyObject* call_row(const Function& f, PyObject** bound, const Tensor& x) {
     if (!value) continue;
     if (!PyNumber_Check(value)) bad_type(f, k + 1, "Number", value);
     const std::optional<double> number = parameter(value, x);
-    if (!number) return call_python(f, f.reference, bound);
+    if (!number) return call_reference(f, bound);
     parameters[k] = *number;
   }
   bool flag = false;
@@ -179,7 +180,7 @@ PyObject* call_row(const Function& f, PyObject** bound, const Tensor& x) {
     if (truth < 0) throw python_error();
     flag = truth;
   }
-  if (!has_kernel(x)) return call_python(f, f.reference, bound);
+  if (!has_kernel(x)) return call_reference(f, bound);
   const bool inplace = f.inplace && flag;
   const int row = flag ? f.other : f.row;
   if (!inplace && plain(x) && untracked(x))
@@ -216,14 +217,14 @@ PyObject* call_softmax(const Function& f, PyObject** bound, const Tensor& given)
   PyObject* dim_ = bound[1] && bound[1] != Py_None ? bound[1] : nullptr;
   PyObject* dtype = bound[2] && bound[2] != Py_None ? bound[2] : nullptr;
   if (dtype && !THPDtype_Check(dtype)) {
-    if (PyType_Check(dtype)) return call_python(f, f.reference, bound);  // Python's float, as torch takes it
+    if (PyType_Check(dtype)) return call_reference(f, bound);  // Python's float, as torch takes it
     bad_type(f, 2, "torch.dtype", dtype);
   }
   const bool unusual = dim_ && !PyLong_CheckExact(dim_);  // asking whether an object is a tensor takes long
   if (unusual && (PyBool_Check(dim_) || !PyIndex_Check(dim_))) bad_type(f, 1, "int", dim_);
   const Tensor x = dtype ? given.to(reinterpret_cast<THPDtype*>(dtype)->scalar_type) : given;
   const auto options = kSoftmaxes[f.row].tempered ? softmax_options(f, bound, 3, x) : SoftmaxOptions();
-  if (!options || !has_kernel(x) || (unusual && THPVariable_Check(dim_))) return call_python(f, f.reference, bound);
+  if (!options || !has_kernel(x) || (unusual && THPVariable_Check(dim_))) return call_reference(f, bound);
 
   int64_t dim;
   if (dim_) {
@@ -231,7 +232,7 @@ PyObject* call_softmax(const Function& f, PyObject** bound, const Tensor& given)
     if (!index) throw python_error();
     int overflow = 0;
     dim = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
-    if (overflow) return call_python(f, f.reference, bound);
+    if (overflow) return call_reference(f, bound);
   } else {
     dim = f.warn(py::none(), x.dim()).cast<int64_t>();
   }
