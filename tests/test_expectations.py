@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import ALL_ROWS, DEVICE, PUBLIC_ROWS, module_class, parameter_sets
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
@@ -330,6 +331,71 @@ def test_other_tensors_get_the_torch_op(public_row: _registry.Row, kind: str) ->
         assert torch.equal(found[0], found[1]), (public_row.name, kind)
     else:
         assert found[0] is found[1], (public_row.name, kind)
+
+
+class Wrapper(Tensor):
+    """A tensor subclass as libraries write them: it handles torch's operators and refuses any other."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "aten":
+            return cls.refuse(func)
+        args, kwargs = tree_map_only(Wrapper, lambda t: t.inner, (args, kwargs or {}))
+        return tree_map_only(Tensor, cls, func(*args, **kwargs))
+
+    @staticmethod
+    def refuse(func: Any) -> Any:
+        return NotImplemented
+
+
+class Strict(Wrapper):
+    @staticmethod
+    def refuse(func: Any) -> Any:
+        raise NotImplementedError(str(func))
+
+
+@pytest.mark.parametrize("kind", [Wrapper, Strict])
+def test_subclasses_that_know_torchs_operators_alone(public_row: _registry.Row, kind: type[Wrapper]) -> None:
+    x, dy = torch.randn(3, 4), torch.randn(3, 4)
+    found = []
+    for f in (public_row.function, public_row.reference):
+        wrapped = kind(x.clone()).requires_grad_()
+        y = f(wrapped, *values_of(public_row))
+        (dx,) = torch.autograd.grad(y, wrapped, kind(dy))
+        assert type(y) is type(dx) is kind
+        found.append((y.inner, dx.inner))
+        if "inplace" in public_row.arguments:
+            overwritten = kind(x.clone())
+            assert f(overwritten, *values_of(public_row), inplace=True) is overwritten
+            found[-1] += (overwritten.inner,)
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors is in prototype stage:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*is not implemented in __torch_dispatch__ for MaskedTensor:UserWarning")
+def test_masked_tensors(public_row: _registry.Row) -> None:
+    data = torch.randn(3, 4)
+    mask = data > -0.5
+    found: list[Any] = []
+    for f in (public_row.function, public_row.reference):
+        try:
+            y = f(torch.masked.masked_tensor(data, mask), *values_of(public_row))
+            found.append((y.get_mask(), y.get_data().masked_fill(~mask, 0)))
+        except TypeError as error:  # torch has not every op for them
+            found.append(str(error))
+    assert type(found[0]) is type(found[1]), found
+    if public_row.name in ("sigmoid", "tanh", "softmax", "scaled_sigmoid"):
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_functional_names_are_torchs() -> None:

@@ -94,9 +94,23 @@ bool for_onnx() {
   return recorded && py::module_::import("torch.onnx").attr("is_in_onnx_export")().cast<bool>();
 }
 
+/// Whether x can be given to an op of ours. A subclass that handles operators itself knows torch's, and is given these; but for
+/// the parts of torch that handle any op by what was registered for it.
+bool takes_ops(const Tensor& x) {
+  if (!x.unsafeGetTensorImpl()->is_python_dispatch()) return true;
+  const py::object self = py::reinterpret_steal<py::object>(THPVariable_Wrap(x));
+  for (const py::handle type : py::type::of(self).attr("__mro__")) {
+    const std::string name = type.attr("__name__").cast<std::string>();
+    if ((name == "FakeTensor" || name == "FunctionalTensor" || name == "DTensor") &&
+        type.attr("__module__").cast<std::string>().starts_with("torch."))
+      return true;
+  }
+  return false;
+}
+
 bool has_kernel(const Tensor& x) {
-  return has_kernels(x.scalar_type()) && x.layout() == at::kStrided && !x.is_nested() && device_has_kernels(x.device()) &&
-         !for_onnx();
+  return has_kernels(x.scalar_type()) && x.layout() == at::kStrided && !x.is_nested() && takes_ops(x) &&
+         device_has_kernels(x.device()) && !for_onnx();
 }
 
 [[noreturn]] void bad_type(const Function& f, size_t position, const char* expected, PyObject* value) {
