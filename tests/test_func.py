@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import ALL_ROWS, parameter_sets, smooth_reference
 from torch import Tensor
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastact
 from fastact import _registry
@@ -130,6 +131,29 @@ def test_in_place_under_vmap(row: _registry.Row, generator: torch.Generator) -> 
         return t
 
     assert torch.equal(vmap(f, in_dims=1, out_dims=1)(x), row.op(x, *values))
+
+
+def test_in_place_under_functionalize(row: _registry.Row, generator: torch.Generator) -> None:
+    """A view of x overwritten, so that the rest of x is to follow; and what comes from outside, which is written to."""
+    x = torch.randn(3, 4, generator=generator)
+    values = parameter_sets(row)[0]
+    outside = x.clone()
+
+    def f(t: Tensor) -> Tensor:
+        t = t * 1
+        row.inplace_op(t[1], *values)
+        row.inplace_op(outside, *values)
+        return t
+
+    graph = make_fx(functionalize(f))(x.clone())
+    expected = x.clone()
+    expected[1] = row.op(x[1], *values)
+    for g in (functionalize(f), graph):
+        outside.copy_(x)
+        assert torch.equal(g(x), expected)
+        assert torch.equal(outside, row.op(x, *values))
+    targets = [node.target for node in graph.graph.nodes]
+    assert row.op.default in targets
 
 
 along_dim = pytest.mark.parametrize("softmax_row", [row for row in ALL_ROWS if row.along_dim], ids=lambda row: row.name)

@@ -1,4 +1,7 @@
-// The schemas of all ops, made from the rows; and the Meta kernels, which know shapes only.
+// The schemas of all ops, made from the rows; the Meta kernels, which know shapes only; and what functionalization makes of ops
+// in place.
+#include <ATen/FunctionalTensorWrapper.h>
+
 #include "device_ops.h"
 
 namespace fastact {
@@ -73,6 +76,33 @@ struct SoftmaxBackwardMeta {
 TORCH_LIBRARY_IMPL(fastact, Meta, m) {
   register_rows<ForwardMeta, InplaceMeta, BackwardMeta>(m);
   register_softmaxes<SoftmaxMeta, SoftmaxBackwardMeta>(m);
+}
+
+/// As torch's generated code has it: the result of the op that is not in place becomes the value of x.
+template <class... P>
+struct InplaceFunctional {
+  int row;
+  void operator()(const Tensor& x, P... p) const {
+    namespace functional = at::functionalization::impl;
+    if (!functional::isFunctionalTensor(x)) {  // not of what is functionalized
+      const at::AutoDispatchSkipFunctionalize guard;
+      return inplace_op<P...>(row).call(x, p...);
+    }
+    functional::sync(x);
+    const Tensor y = [&] {
+      const at::AutoDispatchSkipFunctionalize guard;
+      return forward_op<P...>(row).call(functional::from_functional_tensor(x), p...);
+    }();
+    functional::replace_(x, y);
+    functional::commit_update(x);
+    functional::sync(x);
+  }
+};
+
+TORCH_LIBRARY_IMPL(fastact, Functionalize, m) {
+  for (int row = 0; row < kRowCount; ++row)
+    with_arity(kRows[row].arity(),
+               [&]<class... P>() { m.impl((std::string(kRows[row].name) + "_").c_str(), InplaceFunctional<P...>{row}); });
 }
 
 }  // namespace
