@@ -140,7 +140,12 @@ def substitute(row: Row) -> None:
 
     kernel = along_dim if row.along_dim else elementwise
 
-    def traced(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def traced(*args: Any, **kwargs: Any) -> Tensor:
+        if "input" in kwargs and "x" not in kwargs:  # torch's name of x
+            kwargs["x"] = kwargs.pop("input")
+        return of_x(*args, **kwargs)
+
+    def of_x(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if is_opaque():
             y: Tensor | None = kernel(
                 x, *args, *[kwargs.get(name, default) for name, default in [*defaults.items()][len(args) :]]

@@ -68,14 +68,24 @@ def activation(*, autocast: bool = False) -> Callable[[Callable[P, Tensor]], Cal
         op, direct = getattr(torch.ops.fastact, name).default, _C.make_direct(name)
         plain: Callable[..., Tensor] = reference
 
+        def bound(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
+            if not args and "input" in keywords and names[0] not in keywords:  # torch's name of it
+                args = (keywords.pop("input"),)
+            rest = names[len(args) :]
+            if len(keywords) == len(rest) and all(name in keywords for name in rest):
+                return args + tuple([keywords[name] for name in rest])
+            return signature.bind(*args, **keywords).args
+
         @functools.wraps(reference)
         def function(*args: Any, **keywords: Any) -> Any:
+            if keywords:
+                args = bound(args, keywords)
             if torch.compiler.is_compiling():
-                return plain(*args, **keywords)
-            if not keywords and (y := direct(*args)) is not None:
+                return plain(*args)
+            if (y := direct(*args)) is not None:
                 return y
-            if keywords or len(args) != len(names):
-                args = signature.bind(*args, **keywords).args
+            if len(args) != len(names):
+                signature.bind(*args)  # which says what is wrong
             if has_torch_function_variadic(*args):
                 return handle_torch_function(function, args, *args)
             for position, t in enumerate(args):

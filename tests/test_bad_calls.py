@@ -240,10 +240,15 @@ def cases() -> list[Case]:
         add("unknown keyword", row, lambda f, x: f(x, slop=1.0), words="unexpected keyword argument 'slop'")
         add("empty keyword", row, lambda f, x: f(x, **{"": 1.0}), words="unexpected keyword argument ''")
         add("x twice", row, lambda f, x: f(x, x=x), error=TypeError, words="multiple values for argument 'x'")
-        # The name in the documented signature is x.
-        add("torch's name for x", row, lambda f, x: f(input=x), error=TypeError, words="'input'|'x'")
+        add("x twice, once by torch's name", row, lambda f, x: f(x, input=x), error=TypeError, words="multiple values|'input'")
+        add("x by both names", row, lambda f, x: f(x=x, input=x), error=TypeError, words="multiple values for argument")
         add("out", row, lambda f, x: f(x, out=torch.empty_like(x)), error=TypeError, words="unexpected keyword argument 'out'")
+        # The name in the documented signature is x, as in the reference.
+        by_name = lambda f, x, row=row: f(**{"x" if f is row.reference else "input": x})  # noqa: E731
+        add("torch's name for x", row, by_name)
         for name in names:
+            by_name = lambda f, x, row=row, name=name: f(**{name: 0, "x" if f is row.reference else "input": x})  # noqa: E731
+            add(f"{name}, then torch's name for x", row, by_name)
             call = lambda f, x, name=name, names=names: f(x, *(1 for _ in names), **{name: 1})  # noqa: E731
             add(f"{name} twice", row, call, error=TypeError, words=f"multiple values for argument '{name}'")
 

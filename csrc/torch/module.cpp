@@ -118,7 +118,7 @@ bool has_kernel(const Tensor& x) {
                                       ") must be ", expected, ", not ", Py_TYPE(value)->tp_name));
 }
 
-/// The arguments in order, null where not given.
+/// The arguments in order, null where not given. The first has the name that torch's functions give it besides its own.
 void bind(const Function& f, PyObject* const* args, Py_ssize_t count, PyObject* keywords, PyObject** bound) {
   const size_t most = f.arguments.size();
   TORCH_CHECK_TYPE(size_t(count) <= most, f.name, "() takes from 1 to ", most, " positional arguments but ", count,
@@ -129,6 +129,7 @@ void bind(const Function& f, PyObject* const* args, Py_ssize_t count, PyObject* 
     if (!keyword) throw python_error();
     size_t k = 0;
     while (k < most && f.arguments[k] != keyword) ++k;
+    if (k == most && strcmp(keyword, "input") == 0) k = 0;
     TORCH_CHECK_TYPE(k < most, f.name, "() got an unexpected keyword argument '", keyword, "'");
     TORCH_CHECK_TYPE(!bound[k], f.name, "() got multiple values for argument '", keyword, "'");
     bound[k] = args[count + i];
