@@ -65,7 +65,7 @@ def activation(*, autocast: bool = False) -> Callable[[Callable[P, Tensor]], Cal
     def decorate(reference: Callable[P, Tensor]) -> Callable[P, Tensor]:
         name, signature = reference.__name__, inspect.signature(reference)
         names = tuple(signature.parameters)
-        op, direct = getattr(torch.ops.fastact, name).default, _C.make_direct(name)
+        op, direct = getattr(torch.ops.fastact, name).default, _C.make_direct(name, autocast)
         plain: Callable[..., Tensor] = reference
 
         def bound(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
@@ -95,10 +95,8 @@ def activation(*, autocast: bool = False) -> Callable[[Callable[P, Tensor]], Cal
                         f"{name}(): argument '{names[position]}' (position {position + 1}) must be Tensor, not {given}"
                     )
             device = args[0].device.type
-            if autocast and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-                dtype = torch.get_autocast_dtype(device)
-                args = tuple(t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in args)
-            return op(*args) if _has_kernel(*args) else plain(*args)
+            lowered = autocast and device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+            return op(*args) if _has_kernel(*args) and not lowered else plain(*args)
 
         functions[name], references[name] = function, reference
         return cast(Callable[P, Tensor], function)

@@ -579,8 +579,34 @@ def test_what_the_quick_entry_takes(random: Any) -> None:
         assert maxout(*arguments) is None
     with Mode():
         assert prelu(x, weight) is None
+    x, weight = x.float(), nn.Parameter(weight.float())
+    lowered = _C.make_direct("prelu", autocast=True)
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert prelu(x, weight) is None
+        assert torch.equal(prelu(x, weight), F.prelu(x.double(), weight.double()).float())
+        for given in (x, x.bfloat16()):
+            y = lowered(given, weight)
+            assert y is not None
+            assert_same_bits(y, F.prelu(given, weight), "y")
+        assert lowered(x.double(), weight) is None
+
+
+def test_the_first_argument_has_torchs_name_too(random: Any) -> None:
+    x, weight = random((2, 3)), random(3)
+    expected = F.prelu(input=x, weight=weight)
+    for call in (
+        lambda: fastact.prelu(input=x, weight=weight),
+        lambda: fastact.prelu(weight=weight, x=x),
+        lambda: fastact.prelu(x, weight=weight),
+        lambda: torch.compile(lambda t: fastact.prelu(input=t, weight=weight), backend="eager", fullgraph=True)(x),
+    ):
+        assert torch.equal(call(), expected)
+    both = {"input": x, "x": x, "weight": weight}
+    for given in (both, {"input": x}, {"weight": weight}, {"x": x, "wait": weight}, {"x": x, "weight": weight, "wait": weight}):
+        with pytest.raises(TypeError, match="argument"):
+            fastact.prelu(**given)
+    for given in ({"input": x}, {"input": x, "weight": weight}, {"x": x, "weight": weight}):
+        with pytest.raises(TypeError, match="argument"):
+            fastact.prelu(x, **given)
 
 
 @each_name

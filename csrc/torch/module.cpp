@@ -280,24 +280,36 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject
   END_HANDLE_TH_ERRORS
 }
 
+struct Direct {
+  c10::OperatorHandle op;
+  bool autocast;  // whether torch casts the arguments of the op's twin to the lower precision of an autocast region
+};
+
 /// Calls an op of tensors and ints without torch's parser of arguments, and returns its first result: where all tensors are
-/// exactly torch's, of one dtype and device that has kernels, outside autocast and modes. Else nothing has happened, and it
-/// returns None.
+/// exactly torch's, of one dtype and device that has kernels, outside modes. Else nothing has happened, and it returns None.
 PyObject* call_direct(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  const auto& op = *static_cast<c10::OperatorHandle*>(PyCapsule_GetPointer(self, nullptr));
+  const auto& [op, autocast] = *static_cast<Direct*>(PyCapsule_GetPointer(self, nullptr));
   const auto& arguments = op.schema().arguments();
   if (size_t(count) != arguments.size() || at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
   torch::jit::Stack stack;
   stack.reserve(size_t(count));
   const Tensor* first = nullptr;
+  std::optional<at::ScalarType> lower;
   for (size_t k = 0; k < size_t(count); ++k) {
     if (arguments[k].type()->kind() == c10::TypeKind::TensorType) {
       if (!THPVariable_CheckExact(args[k])) Py_RETURN_NONE;
-      const Tensor& t = THPVariable_Unpack(args[k]);
-      if (!first) first = &t;
-      if (!has_kernel(t) || t.scalar_type() != first->scalar_type() || t.device() != first->device()) Py_RETURN_NONE;
-      stack.emplace_back(t);
+      const Tensor& given = THPVariable_Unpack(args[k]);
+      if (!first) {
+        // Of other devices autocast may not even be asked.
+        if (!given.is_cpu() && !given.is_cuda()) Py_RETURN_NONE;
+        first = &given;
+        const auto device = given.device().type();
+        if (autocast && at::autocast::is_autocast_enabled(device)) lower = at::autocast::get_autocast_dtype(device);
+      }
+      stack.emplace_back(lower ? at::autocast::cached_cast(*lower, given, first->device().type()) : given);
+      const Tensor &t = stack.back().toTensor(), &x = stack[0].toTensor();
+      if (!has_kernel(t) || t.scalar_type() != x.scalar_type() || t.device() != x.device()) Py_RETURN_NONE;
     } else {
       if (!PyLong_CheckExact(args[k])) Py_RETURN_NONE;
       int overflow = 0;
@@ -305,19 +317,17 @@ PyObject* call_direct(PyObject* self, PyObject* const* args, Py_ssize_t count) {
       if (overflow) Py_RETURN_NONE;
     }
   }
-  // Of other devices autocast may not even be asked.
-  if (!first || !(first->is_cpu() || first->is_cuda()) || at::autocast::is_autocast_enabled(first->device().type()))
-    Py_RETURN_NONE;
+  if (!first) Py_RETURN_NONE;
   unlocked(*first, [&] { op.callBoxed(&stack); });
   return THPVariable_Wrap(stack[0].toTensor());
   END_HANDLE_TH_ERRORS
 }
 
-py::object make_direct(const std::string& name) {
+py::object make_direct(const std::string& name, bool autocast) {
   static PyMethodDef method = {"direct", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_direct)),
                                METH_FASTCALL, nullptr};
   auto op = c10::Dispatcher::singleton().findSchemaOrThrow(("fastact::" + name).c_str(), "");
-  const py::capsule self(new c10::OperatorHandle(op), [](void* p) { delete static_cast<c10::OperatorHandle*>(p); });
+  const py::capsule self(new Direct{op, autocast}, [](void* p) { delete static_cast<Direct*>(p); });
   return py::reinterpret_steal<py::object>(PyCFunction_New(&method, self.ptr()));
 }
 
@@ -595,7 +605,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace fastact;
   m.doc() = "The compiled half of fastact.";
   m.def("make_function", &make_function);
-  m.def("make_direct", &make_direct,
+  m.def("make_direct", &make_direct, py::arg("name"), py::arg("autocast") = false,
         "A quick way to call an op of tensors and ints; it returns None where it is not for them.");
   m.def("rows", &rows, "(name, functor, parameter names) of every elementwise activation.");
   m.def("rows_along_dim", &rows_along_dim, "(name, functor) of every activation along a dim: softmax and its relatives.");
