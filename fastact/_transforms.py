@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastact import _registry
+from fastact import _C, _registry
 from fastact._registry import KERNEL_DTYPES, Row
 
 
@@ -157,6 +157,15 @@ def substitute(row: Row) -> None:
     torch.compiler.substitute_in_graph(row.function, skip_signature_check=True)(traced)
 
 
+def substitute_all() -> None:
+    each(substitute, [*_registry.rows.values()])
+
+    # What the autograd Functions ask: of constants, so that Dynamo calls it rather than trace anything.
+    @torch.compiler.substitute_in_graph(_C.saves_input, can_constant_fold_through=True, skip_signature_check=True)
+    def saves_input(name: str, parameters: list[float]) -> bool:
+        return _C.saves_input(name, parameters)
+
+
 # ---- DTensor ---------------------------------------------------------------------------------------------------------------
 
 
@@ -188,5 +197,5 @@ def each(tell: Callable[[Row], None], rows: list[Row]) -> None:
 def register_all() -> None:
     rows = [*_registry.rows.values(), *_registry.variants.values()]
     each(batch, rows)
-    after_import("torch._dynamo", lambda: each(substitute, [*_registry.rows.values()]))
+    after_import("torch._dynamo", substitute_all)
     after_import("torch.distributed.tensor", lambda: each(shard, rows))

@@ -7,6 +7,7 @@ quicker to call, because their autograd is in C++. Arguments after x may be left
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastact import _registry, activations  # noqa: F401  (activations fills the
 def _make(row: _registry.Row) -> type[torch.autograd.Function]:
     along_dim = row.name in _registry.along_dim
     defaults = (*[None] * along_dim, *row.parameters.values())  # a dim has none
+    backward_arguments = row.backward_arguments
 
     def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
         ctx.parameters = parameters + defaults[len(parameters) :]
@@ -29,8 +31,13 @@ def _make(row: _registry.Row) -> type[torch.autograd.Function]:
 
     def backward(ctx: Any, dy: Tensor) -> Any:
         (saved,) = ctx.saved_tensors
-        return row.backward_op(dy, saved, *ctx.parameters[: row.backward_arguments]), *[None] * (ctx.inputs - 1)
+        return row.backward_op(dy, saved, *ctx.parameters[:backward_arguments]), *[None] * (ctx.inputs - 1)
 
+    # Dynamo counts these to tell whether forward takes ctx.
+    arguments = ["ctx", "x", *["dim"] * along_dim, *row.parameters]
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in arguments]
+    )
     names = ", ".join(["x", *["dim"] * along_dim, *(f"{name}={default}" for name, default in row.parameters.items())])
     members = {
         "__module__": __name__,

@@ -94,6 +94,31 @@ def test_compiles_once(public_row: _registry.Row) -> None:
     assert counter.frame_count == 1
 
 
+def test_the_first_argument_has_torchs_name_too(public_row: _registry.Row) -> None:
+    given = calls(public_row)[0]
+    x = torch.randn(3, 4)
+    compiled = torch.compile(lambda t: public_row.function(input=t, **given), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), public_row.reference(x, **given))
+    twice = torch.compile(lambda t: public_row.function(x=t, input=t, **given), backend="eager")
+    with pytest.raises(TypeError):
+        twice(x)
+
+
+def test_autograd_functions_compile(any_row: _registry.Row, generator: torch.Generator) -> None:
+    """With the op in the graph, in whose backward its parameters tell what is saved."""
+    function = getattr(fastact.autograd, any_row.class_name)
+    for values in [(1,)] if any_row.along_dim else [(), *parameter_sets(any_row)]:
+        found = []
+        torch._dynamo.reset()
+        for f in (function.apply, torch.compile(lambda *a: function.apply(*a), backend="aot_eager", fullgraph=True)):
+            x = torch.randn(3, 4, generator=generator.manual_seed(1))
+            leaf = x.clone().requires_grad_()
+            y = f(leaf, *values)
+            found.append((f(x, *values), y.detach(), torch.autograd.grad(y.sin().sum(), leaf)[0]))
+        # The same kernels in the same order: the same bits.
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=0, msg=lambda text, values=values: f"{values}: {text}")
+
+
 def everything(x: Tensor) -> Tensor:
     """All activations, each between other work, with what tells them apart."""
     for k, row in enumerate(PUBLIC_ROWS):
