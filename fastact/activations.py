@@ -179,11 +179,12 @@ class ScaledSigmoid(nn.Module):
 
     With `learnable`, `scale` and `slope` are parameters of `num_parameters` elements that begin with the numbers given: one for
     all, or one per channel, as in `torch.nn.PReLU`. See `fastact.channel_scaled_sigmoid`, which takes its derivatives from the
-    input, as `precise_grad` does.
+    input, as `precise_grad` does. `device` and `dtype` are those of the parameters.
     """
 
     precise_grad = False
     learnable = False
+    initial = (1.0, 1.0)
     scale: Any
     slope: Any
 
@@ -194,13 +195,25 @@ class ScaledSigmoid(nn.Module):
         precise_grad: bool = False,
         learnable: bool = False,
         num_parameters: int = 1,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
         self.scale = scale
         self.slope = slope
         _keep(self, precise_grad=precise_grad, learnable=learnable)
         if learnable:
-            self.scale, self.slope = (nn.Parameter(torch.full((num_parameters,), float(p))) for p in (scale, slope))
+            _keep(self, initial=(float(scale), float(slope)))
+            self.scale, self.slope = (
+                nn.Parameter(torch.empty(num_parameters, device=device, dtype=dtype)) for _ in self.initial
+            )
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets parameters that are learned to the numbers that they began with."""
+        if self.learnable:
+            for parameter, number in zip((self.scale, self.slope), self.initial, strict=True):
+                nn.init.constant_(parameter, number)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.learnable:

@@ -703,6 +703,19 @@ def test_learnable_scaled_sigmoid(random: Any) -> None:
     assert all(p.grad is not None for p in module.parameters())
 
 
+def test_learnable_scaled_sigmoid_takes_what_prelu_takes() -> None:
+    """Keyword arguments of nn.PReLU; and parameters made without numbers get theirs, as such a model is set up."""
+    module = fastact.ScaledSigmoid(4.0, -0.5, learnable=True, num_parameters=3, device="meta", dtype=torch.float64)
+    assert all(p.is_meta and p.dtype is torch.float64 for p in module.parameters())
+    module = module.to_empty(device=DEVICE)
+    module.reset_parameters()
+    assert {name: p.tolist() for name, p in module.named_parameters()} == {"scale": [4.0] * 3, "slope": [-0.5] * 3}
+    assert all(p.requires_grad for p in module.parameters())
+    fixed = fastact.ScaledSigmoid(4.0, -0.5, device="meta", dtype=torch.float64)
+    fixed.reset_parameters()
+    assert (fixed.scale, fixed.slope) == (4.0, -0.5)
+
+
 def test_scaled_sigmoid_that_does_not_learn_is_as_it_was(random: Any) -> None:
     module = fastact.ScaledSigmoid(4.0, -0.5)
     assert repr(module) == "ScaledSigmoid(scale=4.0, slope=-0.5)"
