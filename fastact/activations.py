@@ -333,9 +333,8 @@ def softmax(
     x / temperature), both of this element and on the average of the row, by weight. Raises `IndexError` for a dim out of range,
     `ValueError` for another `masked_rows`, and for a temperature that is no number from 2^-126 to 2^126.
     """
-    if masked_rows not in ("nan", "zero"):
-        raise ValueError(f"softmax(): masked_rows must be 'nan' or 'zero', not {masked_rows!r}")
-    if not isinstance(temperature, Real) or temperature != 1:
+    _check_softmax(temperature, masked_rows)
+    if isinstance(temperature, Tensor) or temperature != 1:
         x = _divided(x if dtype is None else x.to(dtype), temperature)
     if masked_rows == "nan":
         return F.softmax(x, dim, dtype=dtype)
@@ -345,16 +344,25 @@ def softmax(
     return F.softmax(x.masked_fill(masked, 0), dim, dtype=dtype).masked_fill(masked, 0)
 
 
-def _divided(x: Tensor, temperature: float | Tensor) -> Tensor:
+def _check_softmax(temperature: float | Tensor, masked_rows: str) -> None:
+    if masked_rows not in ("nan", "zero"):
+        raise ValueError(f"softmax(): masked_rows must be 'nan' or 'zero', not {masked_rows!r}")
     if isinstance(temperature, Tensor):
-        # What is masked stays out of the division: the gradient of the temperature would be 0 * inf.
-        masked = x == -math.inf
-        return (x.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf)
+        return
     if not isinstance(temperature, Real):
         raise TypeError(f"softmax(): argument 'temperature' (position 4) must be Number, not {type(temperature).__name__}")
     if not 2.0**-126 <= temperature <= 2.0**126:
         raise ValueError(f"softmax(): temperature must be a number from 2^-126 to 2^126, not {temperature}")
-    return x / temperature
+
+
+def _divided(x: Tensor, temperature: float | Tensor) -> Tensor:
+    if not isinstance(temperature, Tensor):
+        return x / temperature
+    # What is masked stays out of the division: the gradient of the temperature would be 0 * inf.
+    masked = x == -math.inf
+    divided = (x.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf)
+    # A temperature of a wider dtype does not widen the result.
+    return divided.to(x.dtype) if x.is_floating_point() and divided.is_floating_point() else divided
 
 
 class Softmax(nn.Softmax):
@@ -371,6 +379,7 @@ class Softmax(nn.Softmax):
         super().__init__(dim)
         if isinstance(temperature, Tensor):
             raise TypeError("Softmax(): temperature must be a number, not a tensor; fastact.softmax takes tensors")
+        _check_softmax(temperature, masked_rows)
         _keep(self, temperature=temperature, masked_rows=masked_rows)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -523,3 +523,16 @@ def test_modules_say_the_same() -> None:
         fastact.Softmax(dim=5)(plain())
     with pytest.raises(TypeError, match="unexpected keyword argument 'slope'"):
         fastact.LeakyReLU(slope=0.1)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"masked_rows": "Zero"}, {"masked_rows": None}, {"temperature": 0.0}, {"temperature": -1}, {"temperature": "1"}],
+    ids=str,
+)
+def test_softmax_modules_look_at_what_torchs_have_not(given: dict[str, Any]) -> None:
+    """When they are made, and they say what the function says."""
+    with pytest.raises((TypeError, ValueError)) as expected:
+        fastact.softmax(plain(), 1, **given)
+    with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+        fastact.Softmax(1, **given)

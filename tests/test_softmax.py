@@ -465,6 +465,21 @@ def test_literal_rows_of_log_softmax(k: int, isa: str) -> None:
         assert error <= unit * (x.abs().max() + 40), f"{LITERAL[k][0][:4]}: off by {error}, {dtype} {isa}"
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1)])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_a_temperature_does_not_widen_the_result(
+    shape: tuple[int, ...], wide: torch.dtype, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    x = torch.randn(3, 4, generator=generator).to(dtype)
+    temperature = torch.full(shape, 2.0, dtype=wide).requires_grad_()
+    y = fastact.softmax(x, 1, temperature=temperature)
+    assert y.dtype is dtype
+    assert torch.equal(y, fastact.softmax(x, 1, temperature=temperature.to(dtype)))  # halving is exact
+    assert torch.autograd.grad(y[:, 0].sum(), temperature)[0].dtype is wide
+    for other in (torch.float16, torch.float64):
+        assert fastact.softmax(x, 1, other, temperature).dtype is other
+
+
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_literal_rows_at_a_temperature(temperature: float, isa: str) -> None:
     """exp(log(k) / T): the squares of 1 to 10, and their roots."""
