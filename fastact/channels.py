@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any, ParamSpec, cast
 
@@ -155,6 +156,17 @@ def _maxout_reference(x: Tensor, pieces: int, dim: int) -> Tensor:
     return values
 
 
+def _whole(number: Any, which: str) -> int:
+    if not isinstance(number, bool):
+        if isinstance(number, int | torch.SymInt):
+            return cast(int, number)
+        try:
+            return operator.index(number)  # NumPy's integers and tensors of one, as torch takes them
+        except TypeError:
+            pass
+    raise TypeError(f"maxout(): argument {which} must be int, not {type(number).__name__}")
+
+
 def maxout(x: Tensor, pieces: int, dim: int = 1) -> Tensor:
     """The largest of every `pieces` neighbours along `dim`: `x.unflatten(dim, (-1, pieces)).max(dim + 1).values`.
 
@@ -171,10 +183,7 @@ def maxout(x: Tensor, pieces: int, dim: int = 1) -> Tensor:
             return y
     if not isinstance(x, Tensor):
         raise TypeError(f"maxout(): argument 'x' (position 1) must be Tensor, not {type(x).__name__}")
-    for position, (name, number) in enumerate((("pieces", pieces), ("dim", dim))):
-        if isinstance(number, bool) or not isinstance(number, int | torch.SymInt):
-            which = f"argument '{name}' (position {position + 2})"
-            raise TypeError(f"maxout(): {which} must be int, not {type(number).__name__}")
+    pieces, dim = _whole(pieces, "'pieces' (position 2)"), _whole(dim, "'dim' (position 3)")
     size = x.size(dim)
     if pieces < 1 or size % pieces != 0:
         raise ValueError(f"maxout(): pieces must be positive and divide size {size} of dim {dim}, but is {pieces}")

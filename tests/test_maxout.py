@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import THREAD_COUNTS, bits
@@ -150,6 +151,11 @@ def test_saves_a_byte_per_result(generator: torch.Generator) -> None:
         (lambda x: fastact.maxout(x, 2, -4), IndexError, "out of range"),
         (lambda x: fastact.maxout(x[0, 0, 0], 1), IndexError, "no dimensions"),
         (lambda x: fastact.maxout(x, 2.0), TypeError, r"argument 'pieces' \(position 2\) must be int, not float"),
+        (lambda x: fastact.maxout(x, True), TypeError, r"argument 'pieces' \(position 2\) must be int, not bool"),
+        (lambda x: fastact.maxout(x, 2, np.float64(1)), TypeError, r"argument 'dim' \(position 3\) must be int, not float64"),
+        (lambda x: fastact.maxout(x, 2, np.int64(3)), IndexError, "out of range"),
+        (lambda x: fastact.maxout(x, 2**64), ValueError, "pieces must be positive"),
+        (lambda x: fastact.maxout(x, 2, 2**63), ValueError, "Overflow"),  # as torch's unflatten
         (lambda x: fastact.maxout(x, 2, "a"), TypeError, r"argument 'dim' \(position 3\) must be int, not str"),
         (lambda x: fastact.maxout(x.tolist(), 2), TypeError, r"argument 'x' \(position 1\) must be Tensor, not list"),
         (lambda x: op(x, 4, 1), ValueError, "pieces is 4, which does not divide size 6 of dim 1"),
@@ -163,6 +169,16 @@ def test_saves_a_byte_per_result(generator: torch.Generator) -> None:
 def test_bad_calls(make: Callable[[Tensor], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make(torch.ones(2, 6, 3))
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor])
+def test_other_integers(number: Callable[[int], Any], generator: torch.Generator) -> None:
+    """As torch's unflatten takes them."""
+    x = torch.randn(2, 6, 4, generator=generator)
+    for dim in (1, 2):
+        expected = reference(x, 2, dim).values
+        assert torch.equal(fastact.maxout(x, number(2), dim), expected)
+        assert torch.equal(fastact.maxout(x, 2, number(dim)), expected)
 
 
 def test_without_a_kernel_it_is_torchs(generator: torch.Generator) -> None:
