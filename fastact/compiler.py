@@ -26,9 +26,10 @@ def opaque(*names: str) -> AbstractContextManager[None]:
     best for elementwise activations between other elementwise work. A kernel of its own is best where there is little to fuse
     and the kernel is much faster than the code that Inductor writes, such as a softmax over long rows: compare both.
 
-    `names`: of functions (`"softmax"`, `"tanh"` ...); none for the default. What counts is the setting while a graph is traced,
-    at its first call; graphs traced before stay as they are. As a context manager (`with fastact.compiler.opaque("softmax"):
-    ...`) it puts back what was set before. Raises `ValueError` for a name that is not an activation's.
+    `names`: of functions (`"softmax"`, `"tanh"` ...); none for the default. `prelu`, `channel_scaled_sigmoid` and `maxout` are
+    not among them: they are always seen as plain torch. What counts is the setting while a graph is traced, at its first call;
+    graphs traced before stay as they are. As a context manager (`with fastact.compiler.opaque("softmax"): ...`) it puts back
+    what was set before. Raises `ValueError` for another name.
     """
     unknown = set(names) - set(_registry.rows)
     if unknown:
