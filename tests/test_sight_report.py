@@ -701,6 +701,27 @@ def test_plot(name: str, random: np.random.Generator, tmp_path: Path) -> None:
         assert min(width, height) <= 3, (t, u)
 
 
+@pytest.mark.parametrize("sample", [None, 2048])
+def test_densities_leave_out_the_zeros_and_nothing_else(sample: int | None) -> None:
+    """Of a sample's histogram, which is of a part of what the zeros are counted in, and of training alone."""
+    pytest.importorskip("matplotlib", reason="pip install 'fastact[sight]'")
+    plot = importlib.import_module("fastact.sight.plot")
+    x = torch.full((64 * 1000,), 0.01)
+    x[::2] = -1
+    x[1::64] = 1  # so that of 64 neighbours 32 become 0, and 31 lie in the first bin above it
+    model = fastact.ReLU()
+    with fastact.monitor(model, sample=sample) as watch:
+        for training in (True, False, False):
+            model.train(training)
+            model(x)
+    (found,) = watch.history().layers
+    density, edges = plot._without_zeros(found.output)
+    runs = found.output.histogram.sum() / 64
+    assert edges[-1] == 1
+    assert runs == (1000 if sample is None else sample / 64 / 4)
+    assert {int(i): density[i] / runs for i in np.flatnonzero(density)} == {32: 31, 63: 1}
+
+
 def texts_of(figure: Any) -> list[Any]:
     """All that are drawn: an axis also keeps labels of ticks outside its limits."""
     texts = list(figure.texts)  # the title of the figure among them

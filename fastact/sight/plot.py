@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -177,10 +178,11 @@ def _by_layer(axes: Axes, summary: Sequence[Figure], colours: Sequence[Any], tit
 
 
 def _without_zeros(side: Side) -> tuple[Numbers, Numbers]:
-    counts, edges = figures.histogram(side)
-    density = counts.astype(np.float64)
-    density[figures.HALF] -= side.zeros.sum()
-    return np.maximum(density, 0), edges
+    """Without the bin that zeros are counted in, and with them only what is as good as 0."""
+    fine = side.histogram.copy()
+    fine[0, 0] = 0
+    counts, edges = figures.histogram(replace(side, histogram=fine))
+    return counts.astype(np.float64), edges
 
 
 def _densities(axes: Axes, layers: Sequence[Layer], colours: Sequence[Any]) -> None:
