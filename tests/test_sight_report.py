@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import nn
 
 import fastact.sight
 from fastact.sight import figures, verdicts
@@ -502,6 +504,125 @@ def test_a_trouble_is_named(name: str, random: np.random.Generator) -> None:
     for verdict in report.verdicts:
         assert verdict.text in " ".join(str(report).split())
         assert verdict.remedy in " ".join(str(report).split())
+
+
+class Gate(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.gate = nn.Sequential(nn.Linear(channels, half), nn.ReLU(), nn.Linear(half, channels), nn.Sigmoid())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate: torch.Tensor = self.gate(x.mean((2, 3)))
+        return x * gate[:, :, None, None]
+
+
+class Residual(nn.Module):
+    def __init__(self, *end: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+            *(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), *end),
+        )
+        nn.init.constant_(self.body[4].weight, 0.2)
+        self.act = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.act(x + self.body(x))
+        return y
+
+
+def classifier(*body: nn.Module) -> nn.Module:
+    """Of images, with a mean over all places and two linear layers at the end."""
+    end = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 10)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *body, *end)
+
+
+class Timed(nn.Module):
+    """A block of a U-Net for diffusion: an embedding of the time is added to every place."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.GroupNorm(4, into), nn.SiLU(), nn.Conv2d(into, out, 3, padding=1))
+        self.time = nn.Sequential(nn.SiLU(), nn.Linear(32, out))
+        self.second = nn.Sequential(nn.GroupNorm(4, out), nn.SiLU(), nn.Conv2d(out, out, 3, padding=1))
+        self.skip = nn.Conv2d(into, out, 1)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.skip(x) + self.second(self.first(x) + self.time(time)[:, :, None, None])
+        return y
+
+
+class Diffusion(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(1, 32), nn.SiLU(), nn.Linear(32, 32))
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.down, self.middle, self.up = Timed(8, 8), Timed(8, 8), Timed(16, 8)
+        self.last = nn.Sequential(nn.GroupNorm(4, 8), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time = self.time(x[:, 0].mean((1, 2))[:, None])
+        a = self.down(self.stem(x), time)
+        b = self.middle(F.avg_pool2d(a, 2), time)
+        y: torch.Tensor = self.last(self.up(torch.cat([F.interpolate(b, scale_factor=2.0), a], 1), time))
+        return y
+
+
+SIZES: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "gates": (lambda: classifier(*(Residual(Gate(8)) for _ in range(4))), 64),
+    "mean over places": (lambda: classifier(*(Residual() for _ in range(20))), 96),
+    "embedding of time": (Diffusion, 512),
+}
+
+
+def trained(model: nn.Module, x: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor]) -> Report:
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with fastact.monitor(model, sample=None) as watch:
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss(model(x)).backward()
+            optimizer.step()
+    return watch.report()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_what_spreads_or_gathers_a_gradient_is_no_trouble(name: str, generator: torch.Generator) -> None:
+    """A mean over places spreads the gradient over thousands of them, and what is added to all gathers theirs."""
+    make, size = SIZES[name]
+    torch.manual_seed(generator.initial_seed())
+    x = torch.randn(2, 3, size, size, generator=generator)
+
+    def loss(y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(y, torch.tensor([3, 7])) if y.dim() == 2 else F.mse_loss(y, x)
+
+    report = trained(make(), x, loss)
+    rms = [f["gradient_out_rms"] for f in report.figures if f["gradient_out_rms"] > 0]
+    assert max(rms) > verdicts.EXPLODED * min(rms)
+    assert not {"vanishing", "exploding"} & {v.kind for v in report.verdicts}, report
+
+
+def test_vanishing_is_found_behind_a_mean_over_places(generator: torch.Generator) -> None:
+    torch.manual_seed(generator.initial_seed())
+    sigmoids = [m for _ in range(10) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.Sigmoid())]
+    x = torch.randn(2, 3, 64, 64, generator=generator)
+    report = trained(classifier(*sigmoids), x, lambda y: F.cross_entropy(y, torch.tensor([3, 7])))
+    (verdict,) = (v for v in report.verdicts if v.kind == "vanishing")
+    below = [f["layer"] for f in report.figures if f["product"] < verdicts.VANISHED]
+    assert below.index(verdict.layer) >= len(below) - 2
+
+
+@pytest.mark.parametrize(("fall", "expected"), [(1 / 4096, []), (1e-5, ["vanishing"])])
+def test_the_size_of_a_sampled_tensor_counts(random: np.random.Generator, fall: float, expected: list[str]) -> None:
+    """As many elements of 64 x 64 places are looked at as of their mean."""
+    g, y = random.standard_normal((64, 32)), random.standard_normal((64, 32))
+    first = layer("first", "relu", [Step(y, g * fall * 20, g * fall)] * 3)
+    last = layer("last", "relu", [Step(y, g, g / 100)] * 3)
+    for side_of in (first.gradient_in, first.gradient_out):
+        side_of.size = 4096 * int(side_of.count.sum())
+    assert [v.kind for v in Report(history(first, last, output="")).verdicts] == expected
 
 
 def test_nan_is_named_with_its_step(random: np.random.Generator) -> None:

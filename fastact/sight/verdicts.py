@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastact.sight.figures import Figure
-from fastact.sight.history import History, Layer
+from fastact.sight.history import History, Layer, Side
 
 # Of a hidden layer's outputs, low and high together. Normal inputs of standard deviation 1 saturate 4 % of a tanh, of deviation
 # 2 30 %: trained networks have both. Above a half, most elements pass on less than a tenth of the largest derivative.
@@ -19,7 +19,7 @@ SATURATED = 0.5
 ONE_SIDED = 0.9
 
 # The fall of the gradient from the loss. With one learning rate for all layers, those with a thousandth of the last one's
-# gradient stay where they are; and float16 loses it to underflow (6e-8) where that of the last layer is 6e-5.
+# gradient stay where they are. A mean over 112 x 112 places alone makes a hundredth of its norm.
 VANISHED = 1e-3
 
 # The fall that must remain below a last layer that may be the model's output and is bounded on both sides: the gradient of
@@ -95,25 +95,43 @@ def saturated(history: History, summary: Sequence[Figure], targets: Targets | No
         yield Verdict(layer.name, "saturated", text, remedy)
 
 
-def _falls(history: History, summary: Sequence[Figure]) -> Iterator[tuple[Layer, Figure, Figure, float]]:
-    """From the loss down, the layers that the product is of: the layer, its figures, those of the last one, and the RMS of the
-    gradient that the layer passes on."""
+def _passing(history: History, summary: Sequence[Figure]) -> list[tuple[Layer, Figure, float]]:
+    """The layers that the product is of, their figures, and the norm of the gradient that they pass on."""
     passing = [(layer, f) for layer, f in zip(history.layers, summary, strict=True) if not np.isnan(f["product"])]
-    for layer, f in reversed(passing):
-        yield layer, f, passing[-1][1], f["gradient_out_rms"]
+    return [(layer, f, _norm(layer, f, "gradient_out")) for layer, f in passing]
+
+
+def _norm(layer: Layer, f: Figure, side: str) -> float:
+    """Of a step's gradient: RMS sqrt(n), where n counts the elements of a step, looked at or not.
+
+    What has n times the elements has a smaller gradient in each, though nothing is lost: below a mean over n places the RMS is
+    n times smaller, and of a value that is added to n places up to n times larger; the norm changes by sqrt(n) at most. A
+    history that does not know the sizes has the elements looked at in their place.
+    """
+    counted: Side = getattr(layer, side)
+    looked_at = counted.count.sum()
+    size = getattr(counted, "size", 0) or looked_at
+    return float(f[f"{side}_rms"] * np.sqrt(f[f"{side}_elements"] / f["steps"] * size / looked_at))
 
 
 def vanishing(history: History, summary: Sequence[Figure], targets: Targets | None) -> Iterator[Verdict]:
-    """The first layer from the loss down where the product of ratios is below VANISHED and so is the measured RMS, as a share
-    of what came to the last layer: weights that make up for small ratios (He initialisation) keep the gradient healthy."""
-    for layer, f, last, here in _falls(history, summary):
-        first, below = last["gradient_in_rms"], last["gradient_out_rms"]
-        bounded = not np.isnan(last["saturated_low"]) and history.output in (None, last["layer"])
-        deep = not bounded or here < VANISHED_BELOW_OUTPUT * below
-        if f["product"] < VANISHED and here < VANISHED * first and deep:
+    """The first layer from the loss down where the product of ratios is below VANISHED and so is the norm of the gradient, as a
+    share of that which came to the last layer, here and in all layers before it: weights that make up for small ratios (He
+    initialisation) keep the gradient healthy, and where it is small in a branch alone (a gate), the layers before it learn."""
+    passing = _passing(history, summary)
+    if not passing:
+        return
+    last, f, below = passing[-1]
+    first = _norm(last, f, "gradient_in")
+    limit = VANISHED * first
+    if last.squashing and history.output in (None, last.name):
+        limit = min(limit, VANISHED_BELOW_OUTPUT * below)
+    largest = np.maximum.accumulate([norm for *_, norm in passing])
+    for (layer, f, here), most in reversed(list(zip(passing, largest, strict=True))):
+        if f["product"] < VANISHED and most < limit:
             text = (
                 f"from the loss to this layer the activations multiply the gradient by {f['product']:.1e}; "
-                f"its RMS falls from {first:.1e} to {here:.1e}"
+                f"its norm falls from {first:.1e} to {here:.1e}"
             )
             yield Verdict(
                 layer.name,
@@ -127,14 +145,19 @@ def vanishing(history: History, summary: Sequence[Figure], targets: Targets | No
 
 
 def exploding(history: History, summary: Sequence[Figure], targets: Targets | None) -> Iterator[Verdict]:
-    """The first layer from the loss down where the measured RMS is above EXPLODED times what came to the last layer."""
-    for layer, _, last, here in _falls(history, summary):
-        first = last["gradient_in_rms"]
+    """The first layer from the loss down where the norm of the gradient is above EXPLODED times that which came to the last
+    layer."""
+    passing = _passing(history, summary)
+    if not passing:
+        return
+    last, f, _ = passing[-1]
+    first = _norm(last, f, "gradient_in")
+    for layer, _, here in reversed(passing):
         if here > EXPLODED * first:
             yield Verdict(
                 layer.name,
                 "exploding",
-                f"the RMS of the gradient grows from {first:.1e} at the last layer to {here:.1e} here",
+                f"the norm of the gradient grows from {first:.1e} at the last layer to {here:.1e} here",
                 "Smaller initial weights (He for ReLU, Xavier for tanh), normalisation between the layers, gradient clipping "
                 "(torch.nn.utils.clip_grad_norm_), or a smaller learning rate.",
             )
