@@ -410,16 +410,25 @@ def probabilities(random: np.random.Generator, width: float, n: int = 10) -> lis
     return [x / x.sum(axis=1, keepdims=True) for x in terms]
 
 
-def classifier_output(random: np.random.Generator, output: str | None) -> History:
-    """A ReLU layer, and a sigmoid that is sure under cross entropy: the gradient with respect to p is 1/p where p is wrong."""
-    p = np.clip(draws(random, "sigmoid", width=12)[0], 1e-6, 1 - 1e-6)
-    right = random.random(p.shape) < 0.99
-    into = np.where(right == (p > 0.5), -1 / p, 1 / (1 - p)) / p.size
-    hidden = [Step(y, np.full(y.shape, 3e-4), np.full(y.shape, 2e-4)) for y in draws(random, "relu")]
-    last = layer("last", "sigmoid", [Step(p, into, into * p * (1 - p))] * 20)
-    if output is None:  # else the verdict is of its saturation
-        last.output.low *= 0
-    return history(layer("hidden", "relu", hidden), last, output=output)
+def classifier_output(random: np.random.Generator, output: str | None, *, training: bool = True) -> History:
+    """A ReLU layer, and a sigmoid that becomes sure under cross entropy: the gradient with respect to p is 1/p where p is
+    wrong."""
+    hidden = [Step(y, np.full(y.shape, 3e-4), np.full(y.shape, 2e-4), training=training) for y in draws(random, "relu")]
+    last = []
+    for i in range(len(hidden)):
+        p = np.clip(draws(random, "sigmoid", width=12 if i or not training else 1, steps=1)[0], 1e-6, 1 - 1e-6)
+        right = random.random(p.shape) < 0.99
+        into = np.where(right == (p > 0.5), -1 / p, 1 / (1 - p)) / p.size
+        last.append(Step(p, into, into * p * (1 - p), training=training))
+    return history(layer("hidden", "relu", hidden), layer("last", "sigmoid", last), output=output)
+
+
+def driven_into_saturation(random: np.random.Generator) -> History:
+    """A hidden layer: another one follows."""
+    outputs = [*draws(random, "tanh", steps=1), *draws(random, "tanh", width=8)]
+    after = planted(random, "relu", draws(random, "relu", steps=21))
+    after.name = "last"
+    return history(planted(random, "tanh", outputs), after, output="")
 
 
 def a_few_dead(random: np.random.Generator, dead: int, steps: int = 20, times: int = 1) -> History:
@@ -439,7 +448,9 @@ HEALTHY: dict[str, Callable[[np.random.Generator], History]] = {
     "sure softmax": lambda r: history(planted(r, "softmax", probabilities(r, 300))),
     "log of 0": lambda r: history(planted(r, "log_softmax", [np.array([[0.0, -np.inf]])] * 20)),
     "sure output": lambda r: classifier_output(r, "last"),
-    "cross entropy of an unknown output": lambda r: classifier_output(r, None),
+    "sure output, unknown": lambda r: classifier_output(r, None),
+    "sure output, clamped": lambda r: classifier_output(r, ""),
+    "sure output, clamped, after training": lambda r: classifier_output(r, "", training=False),
     "three dead of 32": lambda r: a_few_dead(r, 3),
     "dead units after few looks": lambda r: a_few_dead(r, 16, steps=4),
     "dead units after few steps": lambda r: a_few_dead(r, 16, steps=3, times=10),
@@ -481,6 +492,7 @@ def masked_rows(random: np.random.Generator) -> History:
 TROUBLES: dict[str, tuple[Callable[[np.random.Generator], History], list[tuple[str, str]]]] = {
     "wide inputs": (lambda r: stack(r, "tanh", 2, 8), [("layers.0", "saturated"), ("layers.1", "saturated")]),
     "shifted inputs": (lambda r: history(planted(r, "sigmoid", draws(r, "sigmoid", shift=8))), [("act", "saturated")]),
+    "driven into saturation": (driven_into_saturation, [("act", "saturated")]),
     "dead units": (lambda r: a_few_dead(r, 4), [("act", "dead units")]),
     "all dead": (lambda r: a_few_dead(r, 32), [("act", "vanishing"), ("act", "dead units")]),
     "hardly active": (sparse_relu, [("act", "zeros")]),

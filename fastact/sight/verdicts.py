@@ -77,13 +77,26 @@ def output_layer(history: History) -> Layer | None:
     return next((layer for layer in history.layers if layer.name == history.output), None)
 
 
+def _may_be_output(history: History, layer: Layer) -> bool:
+    """The layer that the history names as the model's output; where it names none, the last one: what the model returns may be
+    made of it (clamped, scaled, cut) without an activation in between."""
+    return layer.name == history.output or (not history.output and layer is history.layers[-1])
+
+
 def saturated(history: History, summary: Sequence[Figure], targets: Targets | None) -> Iterator[Verdict]:
-    """low + high > SATURATED in a layer that is not known to be the model's output, which training drives to its bounds."""
+    """low + high > SATURATED in a layer that is not known to be the model's output, which training drives to its bounds. In one
+    that may be the output, in the first step in training too: nothing was driven then. So a last hidden layer whose inputs are
+    too wide from the start is found, and an output that has become sure is none."""
     for layer, f in zip(history.layers, summary, strict=True):
         low = 0.0 if layer.kind in RECTIFIED else f["saturated_low"]
         high = f["saturated_high"]
         if not layer.squashing or layer.name == history.output or not low + high > SATURATED:
             continue
+        if _may_be_output(history, layer):
+            step = np.flatnonzero(layer.training)[:1]
+            counted = layer.output.high + (0 if layer.kind in RECTIFIED else layer.output.low)
+            if not (counted[step] > SATURATED * layer.output.count[step]).any():
+                continue
         text = f"{low + high:.0%} of its outputs are where the function is flat: {low:.0%} low, {high:.0%} high"
         if max(low, high) > ONE_SIDED * (low + high):
             remedy = "Its inputs are shifted: batch or layer normalisation before it, a smaller bias, centred data."
@@ -124,7 +137,7 @@ def vanishing(history: History, summary: Sequence[Figure], targets: Targets | No
     last, f, below = passing[-1]
     first = _norm(last, f, "gradient_in")
     limit = VANISHED * first
-    if last.squashing and history.output in (None, last.name):
+    if last.squashing and _may_be_output(history, last):
         limit = min(limit, VANISHED_BELOW_OUTPUT * below)
     largest = np.maximum.accumulate([norm for *_, norm in passing])
     for (layer, f, here), most in reversed(list(zip(passing, largest, strict=True))):
