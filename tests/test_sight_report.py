@@ -792,7 +792,10 @@ def test_scalars_are_logged_per_layer_and_step(random: np.random.Generator) -> N
 PICTURES: dict[str, Callable[[np.random.Generator], History]] = {
     "one layer": lambda r: a_few_dead(r, 5),
     "thirty layers": lambda r: named(deep_relu(r), "encoder.layers.{}.mlp.activation"),
+    "ninety layers": lambda r: history(*deep_relu(r).layers * 3),
     "NaN": lambda r: stack(r, "tanh", 4, 1, nan_at=7),
+    "names that are no formulas": lambda r: names_with_dollars(r),
+    "one unit in one step": lambda r: history(planted(r, "relu", [np.ones((5, 1))])),
     "all sorts": lambda r: a_network(r)[0],
     "nothing but 0": lambda r: history(planted(r, "relu", [np.zeros((4, 4))] * 3)),
     "a step in evaluation mode": lambda r: history(layer("a", "tanh", [Step(draws(r, "tanh")[0], training=False)])),
@@ -805,6 +808,13 @@ PICTURES: dict[str, Callable[[np.random.Generator], History]] = {
 def named(h: History, name: str) -> History:
     for i, x in enumerate(h.layers):
         x.name = name.format(i)
+    return h
+
+
+def names_with_dollars(random: np.random.Generator) -> History:
+    h = named(a_few_dead(random, 4), "$a_$b_{}")
+    h.layers += named(deep_relu(random), "$\\frac$_{}").layers[:2]
+    h.unseen.append(("$_$", "was never called"))
     return h
 
 
@@ -865,6 +875,78 @@ def texts_of(figure: Any) -> list[Any]:
     return [t for t in texts if t.get_visible() and t.get_text().strip()]
 
 
+def drawn(h: History) -> Any:
+    pytest.importorskip("matplotlib", reason="pip install 'fastact[sight]'")
+    figure = importlib.import_module("fastact.sight.plot").draw(Report(h))
+    figure.draw_without_rendering()
+    return figure
+
+
+def labels(axis: Any) -> list[str]:
+    return [tick.label1.get_text() for tick in axis._update_ticks()]
+
+
+def test_steps_and_units_are_counted_in_whole_numbers(random: np.random.Generator) -> None:
+    axes = drawn(history(layer("a", "relu", [Step(np.ones((5, 1)), at=7)]))).axes
+    assert [labels(axes[4].xaxis), labels(axes[5].xaxis), labels(axes[5].yaxis)] == [["7"], ["0"], ["7"]]
+
+
+def mesh_of(axes: Any) -> tuple[Array, Array]:
+    """The middles of its columns, and its rows."""
+    mesh = axes.collections[0]
+    borders = mesh.get_coordinates()[0, :, 0]
+    return (borders[1:] + borders[:-1]) / 2, np.asarray(mesh.get_array())
+
+
+def test_densities_of_many_layers_are_rows(random: np.random.Generator) -> None:
+    """Where lines would hide each other."""
+    h = history(*(planted(random, "relu", draws(random, "relu", steps=2), into=10.0 ** (-i / 8)) for i in range(40)))
+    h.layers[0].output.histogram[:] = 0
+    axes, gradients = drawn(h).axes[2:4]
+    for panel in (axes, gradients):
+        assert not panel.lines
+        assert panel.get_ylim() == (39.5, -0.5)
+    values, rows = mesh_of(axes)
+    assert rows.max(axis=1).tolist() == [0] + [1] * 39
+    assert not rows[:, values < -0.1].any()
+    # Half of a normal distribution.
+    assert np.median(rows[:, values > 2], axis=0).max() < 0.5 < np.median(rows[:, (values > 0) & (values < 0.5)], axis=0).min()
+    values, rows = mesh_of(gradients)
+    assert rows.max(axis=1).tolist() == [1] * 40
+    scales = 10.0 ** (-np.arange(40) / 8)
+    peaks = values[rows.argmax(axis=1)]
+    assert np.all((peaks / scales > 0.2) & (peaks / scales < 4))
+
+
+def test_a_gradient_that_is_not_finite_was_seen(random: np.random.Generator) -> None:
+    y = random.standard_normal((4, 4))
+    h = history(
+        *(layer(f"{bad}", "relu", [Step(y, np.full((4, 4), bad), np.full((4, 4), bad))] * 2) for bad in (math.inf, math.nan)),
+        layer("none", "relu", [Step(y)] * 2),
+    )
+    axes = drawn(h).axes[1]
+    assert [t.get_text() for t in axes.texts] == ["infinite", "NaN", "no gradient seen"]
+    lines = str(Report(h)).splitlines()
+    assert [line.split()[-4:-2] for line in lines[1:4]] == [["inf", "inf"], ["NaN", "NaN"], ["-", "-"]]
+    assert "No gradient was seen of none." in str(Report(h))
+
+
+def test_units_of_a_step_with_nan_do_not_look_active(random: np.random.Generator) -> None:
+    outputs = [np.ones((4, 3)) for _ in range(3)]
+    outputs[0][:, 0] = 0
+    outputs[1][:, 0] = math.nan
+    healthy = layer("healthy", "relu", [Step(np.ones((4, 2)))] * 3)
+    axes = drawn(history(healthy, planted(random, "relu", outputs))).axes[5]
+    assert axes.get_title() == "act: 0 dead of 3 units"
+    (image,) = axes.images
+    pixels = image.to_rgba(image.get_array()).tolist()
+    assert pixels[0][1] == pixels[2][0]
+    assert pixels[0][0] != pixels[1][0] != pixels[2][0]
+    # Which of the step's units are NaN is not counted.
+    assert pixels[1] == [pixels[1][0]] * 3
+    assert "not 0, or NaN" in [t.get_text() for t in axes.get_legend().get_texts()]
+
+
 def test_plot_without_matplotlib_says_what_to_install(random: np.random.Generator, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.delitem(sys.modules, "fastact.sight.plot", raising=False)
     monkeypatch.delattr(fastact.sight, "plot", raising=False)
@@ -909,6 +991,14 @@ def test_gradient_images(tmp_path: Path, generator: torch.Generator) -> None:
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name][0])
         assert p.grad is before[name][1]
+
+
+def test_gradient_images_of_a_path_that_is_no_formula(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pip install 'fastact[sight]'")
+    model = torch.nn.ModuleDict({"$_$": torch.nn.Conv2d(1, 1, 3)})
+    model["$_$"](torch.ones(1, 1, 4, 4)).sum().backward()
+    gradient_images(model, tmp_path / "images.svg")
+    assert "<!-- $_$ " in (tmp_path / "images.svg").read_text()
 
 
 def test_mosaics_hold_the_kernels() -> None:

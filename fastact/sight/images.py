@@ -54,7 +54,7 @@ def gradient_images(model: nn.Module, path: str | PathLike[str]) -> None:
             axes.set_facecolor(BETWEEN)
             for spine in axes.spines.values():
                 spine.set_visible(False)
-        left.set_title(pair.title(), fontsize=9.5, color=plot.INK, loc="left")
+        left.set_title(pair.title(), fontsize=9.5, color=plot.INK, loc="left", **plot.NAMED)
     # A file of at most 60,000 pixels height, which is as high as matplotlib draws.
     figure.savefig(path, dpi=min(150, 60_000 / sum(heights)), bbox_inches="tight", pad_inches=0.2)
 

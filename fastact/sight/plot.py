@@ -34,7 +34,7 @@ except ModuleNotFoundError as missing:
 
 # Hues of Okabe and Ito, told apart in every common kind of colour blindness.
 LOW, HIGH, ZERO, DEAD = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
-ACTIVE, INACTIVE, UNSEEN = "#DCE9F2", "#1B3A57", "#B8B8B8"
+ACTIVE, INACTIVE, UNSEEN, DOUBTFUL = "#DCE9F2", "#1B3A57", "#B8B8B8", "#F3CDB6"
 INK, PALE = "#333333", "#E3E3E3"
 
 # Of the first panel: colours and what the key says.
@@ -45,10 +45,14 @@ BAR_STYLES = {
     "dead_share": (DEAD, "dead units"),
 }
 BARS = list(BAR_STYLES)
+BAD = {"nan": "NaN", "infinite": "infinite"}  # figures, and what is said of a layer that has some
+NAMED: dict[str, Any] = {"parse_math": False}  # of texts with a path, in which $ is a letter
 KEY: dict[str, Any] = {"frameon": False, "labelcolor": INK, "fontsize": 8.5, "handlelength": 1.2, "borderaxespad": 0}
 
 NAME = 34  # characters of a path beside an axis
 CROWDED = 60  # layers: more of them have thinner lines
+MOST_LINES = 24  # densities that one can tell apart in one panel
+COLUMNS = 240  # of a panel that has a row for each of more layers
 MOST_UNITS, MOST_STEPS = 300, 120  # cells of the map that one can still see
 SUBOCTAVES = 4  # points of a gradient density per octave
 INSIDE = 0.999  # share of a layer's outputs that the axis of the densities makes room for
@@ -71,9 +75,9 @@ def draw(report: Report) -> Canvas:
     by_layer = 1.1 + _inches(len(layers))
     figure = canvas(13, by_layer + 7.6)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
-    figure.suptitle(f"Activations, and the gradient that passes them\n{_found(report)}", fontsize=13, color=INK)
+    figure.suptitle(f"Activations, and the gradient that passes them\n{_found(report)}", fontsize=13, color=INK, **NAMED)
     foot = textwrap.fill(report.looked_at(), 150)
-    figure.text(0.5, 0.0, foot, ha="center", va="top", fontsize=9, color=INK)
+    figure.text(0.5, 0.0, foot, ha="center", va="top", fontsize=9, color=INK, **NAMED)
     panels = figure.subplots(3, 2, height_ratios=[by_layer, 3.3, 3.6], gridspec_kw={"width_ratios": [1, 1]})
     colours = layer_colours(len(layers))
     _bars(panels[0, 0], summary, colours)
@@ -111,12 +115,11 @@ def _bars(axes: Axes, summary: Sequence[Figure], colours: Sequence[Any]) -> None
             axes.barh(middle, shares[name], thickness * 0.92, left=left, color=BAR_STYLES[name][0])
             left += shares[name]
     for i, f in enumerate(summary):
-        if f["nan"] or f["infinite"]:
-            what = "NaN" if f["nan"] else "infinite"
-            axes.text(1.01, i, what, color=DEAD, fontsize=8, va="center", weight="bold")
+        if bad := next((said for name, said in BAD.items() if f[name]), ""):
+            axes.text(1.01, i, bad, color=DEAD, fontsize=8, va="center", weight="bold")
     _by_layer(axes, summary, colours, "Share of the outputs (dead: of the units)")
     names = [shortened(f["layer"], NAME) for f in summary]
-    axes.set_yticks(range(len(names)), names, fontsize=8.5 if len(names) <= CROWDED else 6)
+    axes.set_yticks(range(len(names)), names, fontsize=8.5 if len(names) <= CROWDED else 6, **NAMED)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     key = [Patch(color=colour, label=label) for colour, label in BAR_STYLES.values()]
@@ -132,16 +135,15 @@ def _depth(axes: Axes, summary: Sequence[Figure], colours: Sequence[Any]) -> Non
     axes.scatter(into, place, s=42, facecolors="white", edgecolors=list(colours), linewidths=1.4, zorder=2)
     axes.scatter(out[drawn], place[drawn], s=34, c=[colours[i] for i in place[drawn]], zorder=3)
     for i, (f, rms) in enumerate(zip(summary, out, strict=True)):
-        said = "NaN" if f["gradient_out_nan"] or f["gradient_in_nan"] else "0" if rms == 0 else ""
-        said = said or ("no gradient seen" if math.isnan(rms) else "")
+        bad = next((said for name, said in BAD.items() if f[f"gradient_out_{name}"] or f[f"gradient_in_{name}"]), "")
+        said = bad or ("0" if rms == 0 else "no gradient seen" if math.isnan(rms) else "")
         if said:
-            bold = "bold" if said == "NaN" else "normal"
             axes.annotate(
                 said,
-                (1.01, i) if said == "NaN" else (0.02, i),
+                (1.01 if bad else 0.02, i),
                 xycoords=("axes fraction", "data"),
-                color=DEAD if said == "NaN" else INK,
-                weight=bold,
+                color=DEAD if bad else INK,
+                weight="bold" if bad else "normal",
                 fontsize=8,
                 va="center",
             )
@@ -186,29 +188,39 @@ def _without_zeros(side: Side) -> tuple[Numbers, Numbers]:
 
 
 def _densities(axes: Axes, layers: Sequence[Layer], colours: Sequence[Any]) -> None:
-    extents = []
-    for layer, colour in zip(layers, colours, strict=True):
+    found, extents = [], []
+    for layer in layers:
         density, edges = _without_zeros(layer.output)
+        found.append((density / max(density.max(), 1), edges))
         if density.any():
-            centres = (edges[:-1] + edges[1:]) / 2
-            first, *_, last = [*np.flatnonzero(density)] * 2
-            x = [edges[first], *centres[first : last + 1], edges[last + 1]]
-            y = [0, *density[first : last + 1] / density.max(), 0]
-            axes.plot(x, y, color=colour, linewidth=1.3)
             within = np.cumsum(density) / density.sum()
             low, high = np.searchsorted(within, [(1 - INSIDE) / 2, (1 + INSIDE) / 2])
             extents.append((edges[low], edges[min(high + 1, len(edges) - 1)]))
-    _style(axes, "Density of the outputs, by layer (peak at 1)")
-    axes.set_xlabel("output, without exact zeros", color=INK, fontsize=9)
+    left, right = 0.0, 1.0
     if extents:
         # One layer with far larger outputs does not press all others into a line.
-        low, high = np.array(extents).T
-        left = max(low.min(), 3 * np.median(low)) if np.median(low) < 0 else low.min()
-        right = min(high.max(), 3 * np.median(high)) if np.median(high) > 0 else high.max()
-        axes.set_xlim(left - 0.03 * (right - left), right + 0.03 * (right - left))
+        lows, highs = np.array(extents).T
+        left = max(lows.min(), 3 * np.median(lows)) if np.median(lows) < 0 else lows.min()
+        right = min(highs.max(), 3 * np.median(highs)) if np.median(highs) > 0 else highs.max()
+        left, right = left - 0.03 * (right - left), right + 0.03 * (right - left)
+    if len(layers) > MOST_LINES:
+        borders = np.linspace(left, right, COLUMNS + 1)
+        # Of a bin that lies in several columns, each has its share.
+        rows = [np.diff(np.interp(borders, edges, np.append(0, np.cumsum(density)))) for density, edges in found]
+        _rows(axes, borders, rows, colours)
     else:
-        _nothing(axes, "no output other than 0 was seen")
-    axes.set_ylim(0, 1.05)
+        for (density, edges), colour in zip(found, colours, strict=True):
+            if density.any():
+                centres = (edges[:-1] + edges[1:]) / 2
+                first, *_, last = [*np.flatnonzero(density)] * 2
+                x = [edges[first], *centres[first : last + 1], edges[last + 1]]
+                axes.plot(x, [0, *density[first : last + 1], 0], color=colour, linewidth=1.3)
+        axes.set_ylim(0, 1.05)
+    _style(axes, f"Density of the outputs, by layer {_peak(layers)}")
+    axes.set_xlabel("output, without exact zeros", color=INK, fontsize=9)
+    axes.set_xlim(left, right)
+    if not extents:
+        _nothing(axes, "no finite output other than 0 was seen")
 
 
 def _gradient_densities(axes: Axes, layers: Sequence[Layer], colours: Sequence[Any]) -> None:
@@ -216,26 +228,49 @@ def _gradient_densities(axes: Axes, layers: Sequence[Layer], colours: Sequence[A
     borders = (2.0**octaves * (1 + np.arange(SUBOCTAVES) / SUBOCTAVES)).reshape(-1)
     borders = np.append(borders, 2.0 ** (OCTAVES + LOWEST))
     widths = np.diff(np.log2(borders))
-    seen = []
-    for layer, colour in zip(layers, colours, strict=True):
+    found, seen = [], []
+    for layer in layers:
         counts = layer.gradient_out.histogram.sum(axis=0).astype(np.float64)
         counts[: PARTS // SUBOCTAVES] = 0  # among them zeros and all that is smaller still
         density = counts.reshape(-1, PARTS // SUBOCTAVES).sum(axis=1) / widths
-        if density.any():
-            shown = np.flatnonzero(density > 1e-3 * density.max())
-            cut = slice(max(shown[0] - 1, 0), shown[-1] + 2)
-            axes.plot(np.sqrt(borders[:-1] * borders[1:])[cut], density[cut] / density.max(), color=colour, linewidth=1.3)
-            seen.append((borders[shown[0]], borders[shown[-1] + 1]))
-    _style(axes, "Density of the gradients that go out to the input (peak at 1)")
+        found.append(density / max(density.max(), 1))
+        shown = np.flatnonzero(found[-1] > 1e-3)
+        if len(shown):
+            seen.append((shown[0], shown[-1]))
+    if len(layers) > MOST_LINES:
+        _rows(axes, borders, found, colours)
+    else:
+        for density, colour in zip(found, colours, strict=True):
+            shown = np.flatnonzero(density > 1e-3)
+            if len(shown):
+                cut = slice(max(shown[0] - 1, 0), shown[-1] + 2)
+                axes.plot(np.sqrt(borders[:-1] * borders[1:])[cut], density[cut], color=colour, linewidth=1.3)
+        axes.set_ylim(0, 1.05)
+    _style(axes, f"Density of the gradients that go out to the input {_peak(layers)}")
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(f"magnitude (above {borders[1]:.0e})", color=INK, fontsize=9)
     if seen:
-        axes.set_xlim(min(low for low, _ in seen) / 2, max(high for _, high in seen) * 2)
+        axes.set_xlim(borders[min(first for first, _ in seen)] / 2, borders[max(last for _, last in seen) + 1] * 2)
     else:
         axes.set_xlim(1e-6, 1)
-        _nothing(axes, "no gradient was seen")
-    axes.set_ylim(0, 1.05)
+        _nothing(axes, "no finite gradient other than 0 was seen")
+
+
+def _peak(layers: Sequence[Layer]) -> str:
+    return "(peak at 1)" if len(layers) <= MOST_LINES else "(peak black)"
+
+
+def _rows(axes: Axes, borders: Numbers, rows: Sequence[Numbers], colours: Sequence[Any]) -> None:
+    """Densities, a row for each layer in the order of the first panels."""
+    place = np.arange(len(rows) + 1) - 0.5
+    cells = np.array([row / (row.max() or 1) for row in rows])
+    axes.pcolormesh(borders, place, cells, cmap="Greys", vmin=0, vmax=1, rasterized=True)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks([])
+    axes.scatter(
+        [-0.015] * len(rows), range(len(rows)), s=8, c=list(colours), transform=axes.get_yaxis_transform(), clip_on=False
+    )
 
 
 def _over_steps(axes: Axes, layers: Sequence[Layer], colours: Sequence[Any]) -> None:
@@ -255,7 +290,7 @@ def _over_steps(axes: Axes, layers: Sequence[Layer], colours: Sequence[Any]) -> 
     _style(axes, "Saturated outputs, or exact zeros, over the steps")
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left, right = axes.get_xlim()
     if right - left < 1:  # a single step
         axes.set_xlim(left - 0.5, right + 0.5)
@@ -270,7 +305,7 @@ def _map(axes: Axes, layers: Sequence[Layer], summary: Sequence[Figure]) -> None
         axes.set_yticks([])
         _nothing(axes, "no layer with units was seen")
         return
-    i = max(with_units, key=lambda i: (summary[i]["dead_units"], -i))
+    i = max(with_units, key=lambda i: (summary[i]["dead_units"], summary[i]["nan"] > 0, -i))
     layer, f = layers[i], summary[i]
     assert layer.units is not None
     where = figures.chosen(layer)
@@ -281,15 +316,19 @@ def _map(axes: Axes, layers: Sequence[Layer], summary: Sequence[Figure]) -> None
     if len(shown) > MOST_UNITS:  # those active in the fewest steps, in their order
         shown = np.sort(np.argsort(active.sum(axis=0), kind="stable")[:MOST_UNITS])
     blocks = np.array_split(np.arange(len(seen)), min(len(seen), MOST_STEPS))
+    bad = layer.output.nan[where] > 0
     cells: NDArray[np.int64] = np.array(
-        [np.where(active[b][:, shown].any(axis=0), 2, np.where(seen[b][:, shown].any(axis=0), 1, 0)) for b in blocks]
+        [
+            np.where(active[b][:, shown].any(axis=0), 3 if bad[b].any() else 2, np.where(seen[b][:, shown].any(axis=0), 1, 0))
+            for b in blocks
+        ]
     )
     steps = layer.steps[where]
     axes.imshow(
         cells,
-        cmap=ListedColormap([UNSEEN, INACTIVE, ACTIVE]),
+        cmap=ListedColormap([UNSEEN, INACTIVE, ACTIVE, DOUBTFUL]),
         vmin=0,
-        vmax=2,
+        vmax=3,
         aspect="auto",
         interpolation="nearest",
         extent=(-0.5, len(shown) - 0.5, len(blocks) - 0.5, -0.5),
@@ -313,13 +352,15 @@ def _map(axes: Axes, layers: Sequence[Layer], summary: Sequence[Figure]) -> None
         ticks = np.unique(np.linspace(0, len(shown) - 1, 6).astype(int))
         axes.set_xticks(ticks, [str(shown[t]) for t in ticks])
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("unit", color=INK, fontsize=9)
     key: list[Any] = [Patch(color=ACTIVE, label="active"), Patch(color=INACTIVE, label="0 at every look")]
+    if (cells == 3).any():  # a NaN counts as active, and of which unit it is nobody knows
+        key.insert(1, Patch(color=DOUBTFUL, label="not 0, or NaN"))
     if (cells == 0).any():
         key.append(Patch(color=UNSEEN, label="not looked at"))
     key.append(Line2D([], [], marker="v", linestyle="", color=DEAD, label="dead"))
-    axes.legend(handles=key, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, **KEY)
+    axes.legend(handles=key, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=5, **KEY)
 
 
 def _nothing(axes: Axes, text: str) -> None:
@@ -327,7 +368,7 @@ def _nothing(axes: Axes, text: str) -> None:
 
 
 def _style(axes: Axes, title: str, pad: float = 6) -> None:
-    axes.set_title(title, fontsize=10.5, color=INK, pad=pad)
+    axes.set_title(title, fontsize=10.5, color=INK, pad=pad, **NAMED)
     axes.grid(color=PALE, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=8.5, length=0)

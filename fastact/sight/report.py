@@ -27,9 +27,9 @@ COLUMNS: dict[str, Callable[[Figure], str]] = {
     "zero %": lambda f: _percent(f["zeros"]),
     "dead": lambda f: "-" if math.isnan(f["dead_units"]) else f"{f['dead_units']}/{f['units']}",
     "mean": lambda f: _number(f["mean"]),
-    "RMS": lambda f: _number(f["rms"]),
-    "grad in": lambda f: _number(f["gradient_in_rms"]),
-    "grad out": lambda f: _number(f["gradient_out_rms"]),
+    "RMS": lambda f: _rms(f, ""),
+    "grad in": lambda f: _rms(f, "gradient_in_"),
+    "grad out": lambda f: _rms(f, "gradient_out_"),
     "ratio": lambda f: _number(f["ratio"]),
     "product": lambda f: _number(f["product"]),
 }
@@ -202,6 +202,12 @@ def _number(value: float) -> str:
     if math.isnan(value):
         return "-"
     return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
+
+
+def _rms(f: Figure, side: str) -> str:
+    """What has no finite element says so."""
+    bad = "NaN" if f[f"{side}nan"] else "inf" if f[f"{side}infinite"] else "-"
+    return bad if math.isnan(f[f"{side}rms"]) else _number(f[f"{side}rms"])
 
 
 def _layer(layer: Layer, figure: Figure) -> dict[str, Any]:
