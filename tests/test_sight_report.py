@@ -646,6 +646,17 @@ def test_nan_is_named_with_its_step(random: np.random.Generator) -> None:
     assert "-inf" in masked.remedy
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_was_not_seen_has_a_remedy_by_its_reason(compiled: bool) -> None:
+    model: Any = nn.Sequential(nn.ReLU())
+    with fastact.monitor(torch.compile(model, backend="eager") if compiled else model) as watch:
+        model[0].forward(torch.ones(2))
+    (verdict,) = watch.report().verdicts
+    assert (verdict.layer, verdict.kind) == ("0", "unseen")
+    assert ("a copy that is not compiled" in verdict.remedy) is compiled
+    assert ("forward()" in verdict.remedy) is not compiled
+
+
 def test_one_sided_saturation_has_another_remedy(random: np.random.Generator) -> None:
     for shift, side_of in ((8, "0% low, 100% high"), (-8, "100% low, 0% high")):
         (verdict,) = Report(history(planted(random, "sigmoid", draws(random, "sigmoid", shift=shift)))).verdicts

@@ -165,8 +165,9 @@ class Report:
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draws six panels into one file, of the type that its ending names (.png, .pdf, .svg): saturated outputs, zeros and
-        dead units per layer; the same over the steps; densities of the outputs; densities of the gradients; RMS of the gradient
-        by depth; which units were active in which step. Needs matplotlib: pip install 'fastact[sight]'."""
+        dead units per layer; the same over the steps; densities of the outputs; densities of the gradients (of more than 24
+        layers as rows); RMS of the gradient by depth; which units were active in which step. Needs matplotlib:
+        pip install 'fastact[sight]'."""
         from fastact.sight import plot
 
         plot.plot(self, path)

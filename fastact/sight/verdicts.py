@@ -300,7 +300,14 @@ def squared_loss(history: History, summary: Sequence[Figure], targets: Targets |
 def unseen(history: History, summary: Sequence[Figure], targets: Targets | None) -> Iterator[Verdict]:
     """Activations of the model that the monitor has not seen at work."""
     for path, why in history.unseen:
-        yield Verdict(path, "unseen", why, "Nothing is known of it.")
+        if "torch.compile" in why:
+            remedy = "Monitor the model before it is compiled, or a copy that is not compiled."
+        else:
+            remedy = (
+                "Call the model in a way that reaches it while the monitor is open. If that was done, the model uses it "
+                "without calling it (its forward(), or a function of torch.nn.functional in its place), or not at all."
+            )
+        yield Verdict(path, "unseen", why, remedy)
 
 
 RULES = (not_finite, out_of_range, squared_loss, one_unit, vanishing, exploding, saturated, dead, sparse, unseen)
