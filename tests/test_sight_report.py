@@ -590,9 +590,9 @@ SIZES: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-def trained(model: nn.Module, x: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor]) -> Report:
+def trained(model: nn.Module, x: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor], **options: Any) -> Report:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    with fastact.monitor(model, sample=None) as watch:
+    with fastact.monitor(model, **options) as watch:
         for _ in range(3):
             optimizer.zero_grad()
             loss(model(x)).backward()
@@ -600,8 +600,11 @@ def trained(model: nn.Module, x: torch.Tensor, loss: Callable[[torch.Tensor], to
     return watch.report()
 
 
+@pytest.mark.parametrize("options", [{}, {"sample": None}], ids=str)
 @pytest.mark.parametrize("name", SIZES)
-def test_what_spreads_or_gathers_a_gradient_is_no_trouble(name: str, generator: torch.Generator) -> None:
+def test_what_spreads_or_gathers_a_gradient_is_no_trouble(
+    name: str, options: dict[str, Any], generator: torch.Generator
+) -> None:
     """A mean over places spreads the gradient over thousands of them, and what is added to all gathers theirs."""
     make, size = SIZES[name]
     torch.manual_seed(generator.initial_seed())
@@ -610,7 +613,7 @@ def test_what_spreads_or_gathers_a_gradient_is_no_trouble(name: str, generator: 
     def loss(y: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(y, torch.tensor([3, 7])) if y.dim() == 2 else F.mse_loss(y, x)
 
-    report = trained(make(), x, loss)
+    report = trained(make(), x, loss, **options)
     rms = [f["gradient_out_rms"] for f in report.figures if f["gradient_out_rms"] > 0]
     assert max(rms) > verdicts.EXPLODED * min(rms)
     assert not {"vanishing", "exploding"} & {v.kind for v in report.verdicts}, report

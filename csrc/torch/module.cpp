@@ -488,6 +488,7 @@ py::dict describe(const watch::Layer& l) {
   d["units"] = l.units;
   d["unit_dim"] = l.unit_dim;
   d["length"] = l.length;
+  d["sizes"] = std::vector<int64_t>(l.sizes, l.sizes + kSides);
   d["levels"] = py::make_tuple(l.levels.low, l.levels.high);
   d["histograms"] = wrap(l.histograms);
   d["carried"] = l.carried.defined() ? wrap(l.carried) : py::none();

@@ -264,6 +264,7 @@ void look(Layer& layer, int side, const Tensor& given) {
   const Tensor x = to_dense(given);
   const std::lock_guard<std::mutex> lock(layer.mutex);
   Look a = Look::at(x.numel(), layer.sample, layer.calls[side]++);
+  layer.sizes[side] += x.numel();
   a.low = side == kOutput ? layer.levels.low : kNone;
   a.high = side == kOutput ? layer.levels.high : kNone;
   const bool units = side == kOutput && layer.units > 0 && layer.unit_dim < x.dim() && x.size(layer.unit_dim) == layer.units;

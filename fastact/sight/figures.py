@@ -246,6 +246,7 @@ def merged(layer: Layer, where: NDArray[np.bool_]) -> Layer:
             nan=add(s.nan),
             infinite=add(s.infinite),
             histogram=s.histogram,
+            size=s.size,
         )
 
     r, u = layer.rows, layer.units

@@ -34,6 +34,7 @@ class Side:
     nan: NDArray[np.float64]
     infinite: NDArray[np.float64]
     histogram: NDArray[np.int64]  # [2, BINS], of all steps together
+    size: int = 0  # elements, looked at or not, of all steps together; 0: not known
 
 
 @dataclass

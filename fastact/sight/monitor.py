@@ -503,7 +503,7 @@ def _unkeyed(keys: NDArray[np.uint64]) -> NDArray[np.float64]:
     return np.where(keys == 0, -math.inf, values)
 
 
-def _side(ledgers: NDArray[np.uint64], side: int, histogram: NDArray[np.int64]) -> Side:
+def _side(ledgers: NDArray[np.uint64], side: int, histogram: NDArray[np.int64], size: int) -> Side:
     words = ledgers[:, side * len(_TALLY) : (side + 1) * len(_TALLY)]
     whole = dict(zip(_TALLY[:_WHOLE], words[:, :_WHOLE].T, strict=True))
     sums = np.ascontiguousarray(words[:, _WHOLE:]).view(np.float64)
@@ -519,6 +519,7 @@ def _side(ledgers: NDArray[np.uint64], side: int, histogram: NDArray[np.int64]) 
         nan=whole["nan"].astype(np.float64),
         infinite=whole["infinite"].astype(np.float64),
         histogram=histogram,
+        size=size,
     )
 
 
@@ -570,9 +571,9 @@ def _layer(index: int, found: dict[str, Any], name: str, place: _Place, steps: l
         length=found["length"] or None,
         steps=np.array([s.number for s in seen], np.int64),
         training=np.array([s.training for s in seen], np.bool_),
-        output=_side(ledgers, 0, histograms[0]),
-        gradient_in=_side(ledgers, 1, histograms[1]),
-        gradient_out=_side(ledgers, 2, histograms[2]),
+        output=_side(ledgers, 0, histograms[0], found["sizes"][0]),
+        gradient_in=_side(ledgers, 1, histograms[1], found["sizes"][1]),
+        gradient_out=_side(ledgers, 2, histograms[2], found["sizes"][2]),
         rows=rows,
         units=Units.of_bits(bits(0), bits(1), units) if units else None,
         unit_dim=found["unit_dim"] if units else None,
@@ -602,6 +603,7 @@ def _added_up(histories: list[History]) -> History:
     )
 
 
+_OF_ALL_STEPS = {"histogram", "size"}
 _COMBINED = {"minimum": np.minimum, "maximum": np.maximum, "seen": np.logical_or, "active": np.logical_or}
 
 
@@ -618,9 +620,9 @@ def _sum_of(parts: list[Layer]) -> Layer:
         return total
 
     def fields(values: list[Any]) -> dict[str, Any]:
-        return {
-            name: sum(v.histogram for v in values) if name == "histogram" else rows_of([getattr(v, name) for v in values], name)
-            for name in vars(values[0])
+        whole = {name: sum(getattr(v, name) for v in values) for name in _OF_ALL_STEPS & vars(values[0]).keys()}
+        return whole | {
+            name: rows_of([getattr(v, name) for v in values], name) for name in vars(values[0]).keys() - whole.keys()
         }
 
     first = parts[0]

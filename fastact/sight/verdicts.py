@@ -123,8 +123,8 @@ def _norm(layer: Layer, f: Figure, side: str) -> float:
     """
     counted: Side = getattr(layer, side)
     looked_at = counted.count.sum()
-    size = getattr(counted, "size", 0) or looked_at
-    return float(f[f"{side}_rms"] * np.sqrt(f[f"{side}_elements"] / f["steps"] * size / looked_at))
+    in_a_step = f[f"{side}_elements"] / f["steps"] * (counted.size or looked_at) / looked_at
+    return float(f[f"{side}_rms"] * np.sqrt(in_a_step))
 
 
 def vanishing(history: History, summary: Sequence[Figure], targets: Targets | None) -> Iterator[Verdict]:
