@@ -381,6 +381,36 @@ def test_subclasses_that_know_torchs_operators_alone(public_row: _registry.Row, 
         assert torch.equal(ours, theirs)
 
 
+def test_subclasses_that_take_any_operator_see_ours(public_row: _registry.Row) -> None:
+    seen: list[Any] = []
+
+    class Takes(Wrapper):
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            args, kwargs = tree_map_only(Wrapper, lambda t: t.inner, (args, kwargs or {}))
+            return tree_map_only(Tensor, cls, func(*args, **kwargs))
+
+    x, dy = torch.randn(3, 4), torch.randn(3, 4)
+    wrapped = Takes(x).requires_grad_()
+    y = public_row.function(wrapped, *values_of(public_row))
+    torch.autograd.grad(y, wrapped, Takes(dy))
+    ours = [func for func in seen if func.namespace == "fastact"]
+    assert ours == [public_row.op.default, public_row.backward_op.default]
+
+
+@pytest.mark.parametrize("error", [TypeError("of the caller"), RuntimeError("of the caller"), KeyboardInterrupt()], ids=repr)
+def test_errors_of_subclasses_are_kept(public_row: _registry.Row, error: BaseException) -> None:
+    class Fails(Wrapper):
+        @staticmethod
+        def refuse(func: Any) -> Any:
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        public_row.function(Fails(torch.randn(3, 4)), *values_of(public_row))
+    assert caught.value is error
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors is in prototype stage:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*is not implemented in __torch_dispatch__ for MaskedTensor:UserWarning")
 def test_masked_tensors(public_row: _registry.Row) -> None:

@@ -94,18 +94,15 @@ bool for_onnx() {
   return recorded && py::module_::import("torch.onnx").attr("is_in_onnx_export")().cast<bool>();
 }
 
-/// Whether x can be given to an op of ours. A subclass that handles operators itself knows torch's, and is given these; but for
-/// the parts of torch that handle any op by what was registered for it.
+/// Whether ops of ours may be tried on x. Torch's own subclasses that handle operators themselves know torch's alone, but for
+/// those that handle any op by what was registered for it.
 bool takes_ops(const Tensor& x) {
   if (!x.unsafeGetTensorImpl()->is_python_dispatch()) return true;
   const py::object self = py::reinterpret_steal<py::object>(THPVariable_Wrap(x));
-  for (const py::handle type : py::type::of(self).attr("__mro__")) {
-    const std::string name = type.attr("__name__").cast<std::string>();
-    if ((name == "FakeTensor" || name == "FunctionalTensor" || name == "DTensor") &&
-        type.attr("__module__").cast<std::string>().starts_with("torch."))
-      return true;
-  }
-  return false;
+  const py::handle type = self.get_type();
+  const auto name = type.attr("__name__").cast<std::string>();
+  return name == "FakeTensor" || name == "FunctionalTensor" || name == "DTensor" ||
+         !type.attr("__module__").cast<std::string>().starts_with("torch.");
 }
 
 bool has_kernel(const Tensor& x) {
@@ -265,6 +262,15 @@ PyObject* call_softmax(const Function& f, PyObject** bound, const Tensor& given)
   }));
 }
 
+/// Whether the error that is set says that a tensor's class has no operator of that name; it is then no longer set.
+bool refused() {
+  py::error_already_set error;
+  const bool is = error.matches(PyExc_NotImplementedError) ||
+                  (error.matches(PyExc_TypeError) && strstr(error.what(), "__torch_dispatch__ handlers returned"));
+  if (!is) error.restore();
+  return is;
+}
+
 PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   HANDLE_TH_ERRORS
   const Function& f = **static_cast<Function**>(PyModule_GetState(self));
@@ -276,7 +282,13 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject
   if (has_torch_function(bound[0])) return call_torch_function(f, bound);
   if (!THPVariable_Check(bound[0])) bad_type(f, 0, "Tensor", bound[0]);
   const Tensor& x = THPVariable_Unpack(bound[0]);
-  return f.along_dim ? call_softmax(f, bound, x) : call_row(f, bound, x);
+  try {
+    return f.along_dim ? call_softmax(f, bound, x) : call_row(f, bound, x);
+  } catch (python_error& error) {
+    error.restore();
+    if (!x.unsafeGetTensorImpl()->is_python_dispatch() || !refused()) return nullptr;
+    return call_reference(f, bound);
+  }
   END_HANDLE_TH_ERRORS
 }
 
