@@ -84,7 +84,7 @@ struct Layer {
   int64_t counted = 0;               // since then: at least what any bin has
   int64_t calls[kSides] = {}, row_calls = 0;
   int64_t sizes[kSides] = {};  // elements, looked at or not
-  bool trained = false;  // the histograms are those of training; while there was none, of evaluation
+  bool trained = false;        // the histograms are those of training; while there was none, of evaluation
   int64_t sample;
   std::weak_ptr<Monitor> monitor;
   std::mutex mutex;
