@@ -141,12 +141,13 @@ struct Look {
   int64_t thinned;               // one run of so many goes into the histogram; 0: none
   double low, high;              // saturated are those up to `low`, and from `high`; NaN: none
   int64_t units, inner;          // element i belongs to unit i / inner % units; no units: 0
+  bool gathered;                 // what is looked at is a copy of the runs, one behind the other, kRun elements apart
 
   /// Of n elements all, or about `sample` of them where that is above 0 and below n; `phase` counts the calls.
   static constexpr Look at(int64_t n, int64_t sample, int64_t phase) {
     const int64_t runs = sample / kRun > 0 ? sample / kRun : 1;
-    if (sample > 0 && sample < n && n / runs >= kRun) return {n, runs, n / runs, phase, kThinned, 0, 0, 0, 0};
-    return {n, (n + kRun - 1) / kRun, kRun, 0, 1, 0, 0, 0, 0};
+    if (sample > 0 && sample < n && n / runs >= kRun) return {n, runs, n / runs, phase, kThinned, 0, 0, 0, 0, false};
+    return {n, (n + kRun - 1) / kRun, kRun, 0, 1, 0, 0, 0, 0, false};
   }
 };
 

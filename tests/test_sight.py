@@ -293,16 +293,21 @@ def test_units_of_a_sample(layout: str, generator: torch.Generator) -> None:
 
 
 @pytest.mark.cpu_only("the number of threads is the CPU's")
-def test_counts_do_not_depend_on_threads(dtype: torch.dtype, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("sample", [None, 2048, 100_000])
+def test_counts_do_not_depend_on_threads(dtype: torch.dtype, sample: int | None, generator: torch.Generator) -> None:
+    """Nor do the sums. A sample's runs lie on both sides of where the work is divided."""
     x = sample_of(torch.empty(30_001, 7, dtype=dtype), generator)
+    dy = sample_of(torch.empty(30_001, 7, dtype=dtype), generator)
     model = fastact.Tanh()
     found = []
     for count in THREAD_COUNTS:
         torch.set_num_threads(count)
-        found.append(only(watched(model, lambda: model(x), sample=None)))
+        calls = [lambda: model(x.clone().requires_grad_()).backward(dy)] * 5
+        found.append(only(watched(model, *calls, sample=sample)))
     for other in found[1:]:
-        for name, value in vars(found[0].output).items():
-            assert (getattr(other.output, name) == value).all(), name
+        for side in ("output", "gradient_in", "gradient_out"):
+            for name, value in vars(getattr(found[0], side)).items():
+                assert np.all(getattr(getattr(other, side), name) == value), (side, name)
         assert found[0].units is not None
         assert other.units is not None
         assert (other.units.active == found[0].units.active).all()

@@ -142,11 +142,14 @@ FASTACT_FN void add(const Run<S>& run, const Look& a, int64_t i, uint8_t* units)
   }
 }
 
+/// Where run j lies in what is looked at.
+FASTACT_FN int64_t place_of(const Look& a, int64_t j) { return a.gathered ? j * Look::kRun : start_of(a, j); }
+
 /// Fetches a run that will be looked at some runs from now: it may lie in the cache of another core.
 template <class S>
 FASTACT_FN void fetch(const S* x, const Look& a, int64_t j, int64_t end) {
   if (j >= end) return;
-  const char* p = reinterpret_cast<const char*>(x + start_of(a, j));
+  const char* p = reinterpret_cast<const char*>(x + place_of(a, j));
   for (int64_t byte = 0; byte < Look::kRun * int64_t(sizeof(S)); byte += 64) __builtin_prefetch(p + byte);
 }
 
@@ -158,7 +161,7 @@ void look(const void* x, Look a, int64_t begin, int64_t end, Tally* tally, Histo
   for (int64_t j = begin; j < end; ++j) {
     fetch(static_cast<const S*>(x), a, j + kAhead, end);
     const int64_t i = start_of(a, j);
-    const Run<S> run(static_cast<const S*>(x) + i, a.n - i);
+    const Run<S> run(static_cast<const S*>(x) + place_of(a, j), a.n - i);
     lanes.add(run);
     if (a.thinned > 0 && j % a.thinned == 0) add(run, *histogram);
     if (a.units > 0) add(run, a, i, units);

@@ -83,25 +83,28 @@ struct CPU {
     return Tensor(at::detail::empty_strided_generic(x.sizes(), x.strides(), allocator, keys, x.scalar_type()));
   }
 
-  static void forward(int row, DType dtype, const Tensor& x, const Tensor& y, const double* parameters) {
+  static void forward(int row, DType dtype, const Tensor& x, const Tensor& y, const double* parameters, Sights& seen) {
     const Forward kernel = cpu::kernels().forward[row][dtype];
     const int64_t size = x.element_size();
     const char* from = static_cast<const char*>(x.const_data_ptr());
     char* to = static_cast<char*>(y.mutable_data_ptr());
     parallel_elements(x.numel(), kRows[row].costly ? kCostlyGrain : kGrain, [&](int64_t begin, int64_t end) {
       kernel(from + begin * size, to + begin * size, end - begin, parameters);
+      seen.part(begin, end);
     });
   }
 
-  static void backward(int row, DType dtype, const Tensor& dy, const Tensor& saved, const Tensor& dx,
-                       const double* parameters) {
+  static void backward(int row, DType dtype, const Tensor& dy, const Tensor& saved, const Tensor& dx, const double* parameters,
+                       Sights& dy_seen, Sights& dx_seen) {
     const Backward kernel = cpu::kernels().backward[row][dtype];
     const int64_t size = dy.element_size();
     const char* from = static_cast<const char*>(dy.const_data_ptr());
     const char* kept = static_cast<const char*>(saved.const_data_ptr());
     char* to = static_cast<char*>(dx.mutable_data_ptr());
     parallel_elements(dy.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      dy_seen.part(begin, end);
       kernel(from + begin * size, kept + begin * size, to + begin * size, end - begin, parameters);
+      dx_seen.part(begin, end);
     });
   }
 
@@ -193,6 +196,11 @@ struct CPU {
       tally->total += t.total, tally->squares += t.squares;
     }
   }
+
+  static void look_at_copy(DType dtype, const void* runs, const Look& a, Tally* tally, Histogram* histogram, uint8_t* units) {
+    cpu::kernels().look[dtype](runs, a, 0, a.runs, tally, histogram, units);
+  }
+  static constexpr auto kLookAtCopy = look_at_copy;
 
   static void look_at_rows(DType dtype, const Tensor& y, const RowLook& a, RowTally* tally) {
     cpu::kernels().look_at_rows[dtype](y.const_data_ptr(), a, tally);

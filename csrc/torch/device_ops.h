@@ -4,12 +4,15 @@
 //     constexpr c10::DeviceType kType;
 //     struct Guard;                               made of the input, held while an op runs
 //     Tensor empty_as(const Tensor& x);           uninitialised, with the layout of a dense x
-//     void forward(int row, DType, const Tensor& x, const Tensor& y, const double* parameters);
-//     void backward(int row, DType, const Tensor& dy, const Tensor& saved, const Tensor& dx, const double* parameters);
+//     void forward(int row, DType, const Tensor& x, const Tensor& y, const double* parameters, Sights& y_seen);
+//     void backward(int row, DType, const Tensor& dy, const Tensor& saved, const Tensor& dx, const double* parameters,
+//                   Sights& dy_seen, Sights& dx_seen);
 //     void softmax(int row, DType, const Tensor& x, const Tensor& y, SoftmaxShape, SoftmaxOptions);
 //     void softmax_backward(int row, DType, const Tensor& dy, const Tensor& y, const Tensor& dx, SoftmaxShape, SoftmaxOptions);
 //     void look(DType, const Tensor& x, const Look&, Tally*, Histogram*, uint8_t* units);
 //     void look_at_rows(DType, const Tensor& y, const RowLook&, RowTally*);
+//     constexpr auto kLookAtCopy;                 as watch::Eyes has it; where it is not null, forward and backward tell Sights
+//                                                 of every part: dy before it is overwritten, the others when they are there
 //   };
 //
 // All are static. The tensors they get are dense and laid out alike; y and dx may be x, dy or the saved tensor. Those of
@@ -102,22 +105,27 @@ struct Binary {
 
 // ---- The ops ---------------------------------------------------------------------------------------------------------------
 
-/// What monitors, if there are any, are told of a row's result.
-inline void report(int row, const double* parameters, const Tensor& y) {
-  if (!watch::active()) return;
-  watch::Kind kind{kRows[row].name, row};
-  std::copy_n(parameters, kRows[row].arity(), kind.parameters);
-  watch::computed(kind, y);
+using watch::Sights;
+
+/// Computes y, and shows it to monitors, if there are any.
+template <class Device>
+void forward(int row, DType dtype, const Tensor& x, const Tensor& y, const double* parameters) {
+  Sights seen;
+  if (watch::active()) {
+    watch::Kind kind{kRows[row].name, row};
+    std::copy_n(parameters, kRows[row].arity(), kind.parameters);
+    seen = Sights(watch::layers_of(kind, y), kOutput, y);
+  }
+  Device::forward(row, dtype, x, y, parameters, seen);
+  seen.whole();
+  seen.together();
 }
 
 template <class Device>
 Tensor forward(int row, const Tensor& x, const double* parameters) {
   const DType dtype = dtype_of(kRows[row].name, x);
   const typename Device::Guard guard(x);
-  return unary<Device>(x, [&](const Tensor& in, const Tensor& out) {
-    Device::forward(row, dtype, in, out, parameters);
-    report(row, parameters, out);
-  });
+  return unary<Device>(x, [&](const Tensor& in, const Tensor& out) { forward<Device>(row, dtype, in, out, parameters); });
 }
 
 template <class Device, class... P>
@@ -138,13 +146,12 @@ struct InplaceKernel {
     at::assert_no_internal_overlap(x);
     const typename Device::Guard guard(x);
     if (dense(x)) {
-      Device::forward(row, dtype, x, x, parameters);
+      forward<Device>(row, dtype, x, x, parameters);
     } else {
       const Tensor t = copy_as(x, x);
-      Device::forward(row, dtype, t, t, parameters);
+      forward<Device>(row, dtype, t, t, parameters);
       x.copy_(t);
     }
-    report(row, parameters, x);
   }
 };
 
@@ -154,10 +161,13 @@ Tensor backward(int row, const Tensor& dy, const Tensor& saved, const double* pa
   const DType dtype = dtype_of(kRows[row].name, dy);
   const typename Device::Guard guard(dy);
   const Binary<Device> t(dy, saved, gradient);
-  const watch::Layers* const layers = watch::backward_of();
-  watch::look(layers, kGradientIn, t.dy);
-  Device::backward(row, dtype, t.dy, t.saved, t.out, parameters);
-  watch::look(layers, kGradientOut, t.out);
+  const watch::Layers& layers = watch::backward_of();
+  Sights dy_seen(layers, kGradientIn, t.dy), dx_seen(layers, kGradientOut, t.out);
+  dy_seen.whole();
+  Device::backward(row, dtype, t.dy, t.saved, t.out, parameters, dy_seen, dx_seen);
+  dx_seen.whole();
+  dy_seen.together();
+  dx_seen.together();
   return t.out;
 }
 
@@ -191,8 +201,12 @@ Tensor softmax(int row, const Tensor& x, int64_t dim, const SoftmaxOptions& opti
   const typename Device::Guard guard(x);
   return unary<Device>(x, [&](const Tensor& in, const Tensor& out) {
     if (in.numel() > 0) Device::softmax(row, dtype, in, out, shape_of(in, dim), options);
-    if (watch::active())
-      watch::computed({.name = name, .along_dim = true, .logarithms = kSoftmaxes[row].logarithms, .dim = dim}, out);
+    if (!watch::active()) return;
+    const watch::Kind kind{.name = name, .along_dim = true, .logarithms = kSoftmaxes[row].logarithms, .dim = dim};
+    for (const auto& layer : watch::layers_of(kind, out)) {
+      watch::look(*layer, kOutput, out);
+      watch::look_at_rows(*layer, kind, out);
+    }
   });
 }
 
@@ -206,10 +220,10 @@ Tensor softmax_backward(int row, const Tensor& dy, const Tensor& y, int64_t dim,
   check_options(name, options);
   const typename Device::Guard guard(dy);
   const Binary<Device> t(dy, y, gradient);
-  const watch::Layers* const layers = watch::backward_of();
-  watch::look(layers, kGradientIn, t.dy);
+  const watch::Layers& layers = watch::backward_of();
+  for (const auto& layer : layers) watch::look(*layer, kGradientIn, t.dy);
   if (y.numel() > 0) Device::softmax_backward(row, dtype, t.dy, t.saved, t.out, shape_of(t.out, dim), options);
-  watch::look(layers, kGradientOut, t.out);
+  for (const auto& layer : layers) watch::look(*layer, kGradientOut, t.out);
   return t.out;
 }
 

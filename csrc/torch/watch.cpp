@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 
+#include "../look.h"
 #include "device_ops.h"
 
 namespace fastact::watch {
@@ -152,29 +153,51 @@ void carry(Layer& layer, int64_t n) {
   layer.counted = kCarry + n;
 }
 
-void look_at_output(Layer& layer, const Kind& kind, const Tensor& y) {
-  look(layer, kOutput, y);
+struct Counters {
+  Ledger* ledger;
+  Histogram* histograms;
+  uint8_t* flags;
+
+  explicit Counters(const Layer& layer)
+      : ledger(reinterpret_cast<Ledger*>(layer.ledger.mutable_data_ptr())),
+        histograms(reinterpret_cast<Histogram*>(layer.histograms.mutable_data_ptr())),
+        flags(static_cast<uint8_t*>(layer.flags.mutable_data_ptr())) {}
+};
+
+/// Which elements of a dense x the next look at that side is at. Under the layer's lock.
+Look next_look(Layer& layer, bool training, int side, const Tensor& x) {
+  Look a = Look::at(x.numel(), layer.sample, layer.calls[side]++);
+  layer.sizes[side] += x.numel();
+  a.low = side == kOutput ? layer.levels.low : kNone;
+  a.high = side == kOutput ? layer.levels.high : kNone;
+  const bool units = side == kOutput && layer.units > 0 && layer.unit_dim < x.dim() && x.size(layer.unit_dim) == layer.units;
+  if (training && !std::exchange(layer.trained, true)) {
+    const c10::impl::ExcludeDispatchKeyGuard ours(kTransforms);
+    layer.histograms.zero_();
+    layer.carried.reset();
+    layer.counted = 0;
+  }
+  if (!training && layer.trained) a.thinned = 0;
+  const int64_t into_bins = a.thinned > 0 ? std::min(a.n, a.runs * Look::kRun) : 0;
+  if ((layer.counted += into_bins) >= kMostCounted) carry(layer, into_bins);
+  a.units = units ? layer.units : 0;
+  a.inner = units ? (layer.units == 1 ? x.numel() : x.stride(layer.unit_dim)) : 1;
+  return a;
+}
+
+/// The monitor of a layer that x can be looked at for; else null.
+std::shared_ptr<Monitor> watching(const Layer& layer, int side, const Tensor& x) {
+  std::shared_ptr<Monitor> monitor = layer.monitor.lock();
+  if (!monitor || !monitor->open) return nullptr;
+  if (side != kOutput) ++monitor->gradients;
+  return x.numel() > 0 && x.device() == layer.device && has_eyes(x) ? monitor : nullptr;
+}
+
+void came_last(const Layer& layer, const Tensor& y) {
   if (const auto monitor = layer.monitor.lock()) {
     monitor->last_output = y.const_data_ptr();
     monitor->last_layer = layer.number;
   }
-  if (!kind.along_dim || y.numel() == 0) return;
-  const Tensor x = to_dense(y);
-  const SoftmaxShape shape = shape_of(x, at::maybe_wrap_dim(kind.dim, x.dim()));
-  const int64_t rows = shape.outer * shape.inner;
-  int64_t looked = rows;
-  if (layer.sample > 0 && layer.sample < x.numel()) looked = std::max<int64_t>(1, layer.sample / shape.length);
-  const std::lock_guard<std::mutex> lock(layer.mutex);
-  layer.length = shape.length;
-  const RowLook a{shape.length,
-                  shape.inner,
-                  looked,
-                  rows / looked,
-                  layer.row_calls++,
-                  kind.logarithms,
-                  shape.length > 1 ? 1 / std::log(double(shape.length)) : 0};
-  eyes(x.device().type())
-      ->look_at_rows(dtype_of("monitor", x), x, a, &reinterpret_cast<Ledger*>(layer.ledger.mutable_data_ptr())->rows);
 }
 
 }  // namespace
@@ -232,21 +255,25 @@ Tensor to_host(const Chunk& chunk) {
 std::shared_ptr<Layer> Monitor::output(int64_t scope, const Kind& kind, const Tensor& y) {
   if (!open || !has_eyes(y)) return nullptr;
   const auto layer = layer_at(*this, scope, 0, kind, y);
-  look_at_output(*layer, kind, y);
+  look(*layer, kOutput, y);
+  came_last(*layer, y);
+  look_at_rows(*layer, kind, y);
   return layer;
 }
 
-void computed(const Kind& kind, const Tensor& y) {
+Layers layers_of(const Kind& kind, const Tensor& y) {
+  Layers layers;
   last.clear();
   for (size_t k = frames.size(); k-- > 0;) {
     Frame& frame = frames[k];
     bool inner = false;  // whether a frame above belongs to the same monitor
     for (size_t above = k + 1; above < frames.size(); ++above) inner = inner || frames[above].monitor == frame.monitor;
     if (inner || !frame.monitor->open) continue;
-    const auto layer = layer_at(*frame.monitor, frame.scope, frame.next++, kind, y);
-    look_at_output(*layer, kind, y);
-    last.push_back(layer);
+    layers.push_back(layer_at(*frame.monitor, frame.scope, frame.next++, kind, y));
+    came_last(*layers.back(), y);
+    last.push_back(layers.back());
   }
+  return layers;
 }
 
 Layers noted() {
@@ -257,37 +284,78 @@ Layers noted() {
 }
 
 void look(Layer& layer, int side, const Tensor& given) {
-  const std::shared_ptr<Monitor> monitor = layer.monitor.lock();
-  if (!monitor || !monitor->open) return;
-  if (side != kOutput) ++monitor->gradients;
-  if (given.numel() == 0 || given.device() != layer.device || !has_eyes(given)) return;
+  const auto monitor = watching(layer, side, given);
+  if (!monitor) return;
   const Tensor x = to_dense(given);
   const std::lock_guard<std::mutex> lock(layer.mutex);
-  Look a = Look::at(x.numel(), layer.sample, layer.calls[side]++);
-  layer.sizes[side] += x.numel();
-  a.low = side == kOutput ? layer.levels.low : kNone;
-  a.high = side == kOutput ? layer.levels.high : kNone;
-  const bool units = side == kOutput && layer.units > 0 && layer.unit_dim < x.dim() && x.size(layer.unit_dim) == layer.units;
-  if (monitor->training && !std::exchange(layer.trained, true)) {
-    const c10::impl::ExcludeDispatchKeyGuard ours(kTransforms);
-    layer.histograms.zero_();
-    layer.carried.reset();
-    layer.counted = 0;
+  const Look a = next_look(layer, monitor->training, side, x);
+  const Counters to(layer);
+  eyes(x.device().type())->look(dtype_of("monitor", x), x, a, &to.ledger->sides[side], &to.histograms[side], to.flags);
+}
+
+void look_at_rows(Layer& layer, const Kind& kind, const Tensor& y) {
+  if (!kind.along_dim || y.numel() == 0) return;
+  const Tensor x = to_dense(y);
+  const SoftmaxShape shape = shape_of(x, at::maybe_wrap_dim(kind.dim, x.dim()));
+  const int64_t rows = shape.outer * shape.inner;
+  int64_t looked = rows;
+  if (layer.sample > 0 && layer.sample < x.numel()) looked = std::max<int64_t>(1, layer.sample / shape.length);
+  const std::lock_guard<std::mutex> lock(layer.mutex);
+  layer.length = shape.length;
+  const RowLook a{shape.length,
+                  shape.inner,
+                  looked,
+                  rows / looked,
+                  layer.row_calls++,
+                  kind.logarithms,
+                  shape.length > 1 ? 1 / std::log(double(shape.length)) : 0};
+  eyes(x.device().type())->look_at_rows(dtype_of("monitor", x), x, a, &Counters(layer).ledger->rows);
+}
+
+void Sights::prepare(const Layers& layers) {
+  const Tensor& x = *x_;
+  for (const auto& layer : layers) {
+    const bool sample = 0 < layer->sample && layer->sample < x.numel();
+    if (!sample || !has_eyes(x) || !eyes(x.device().type())->look_at_copy) {
+      others_.push_back(layer);
+    } else if (const auto monitor = watching(*layer, side_, x)) {
+      const std::lock_guard<std::mutex> lock(layer->mutex);
+      Look a = next_look(*layer, monitor->training, side_, x);
+      a.gathered = true;
+      samples_.push_back({layer, a, std::unique_ptr<char[]>(new char[size_t(a.runs * Look::kRun * x.element_size())])});
+    }
   }
-  if (!monitor->training && layer.trained) a.thinned = 0;
-  const int64_t into_bins = a.thinned > 0 ? std::min(a.n, a.runs * Look::kRun) : 0;
-  if ((layer.counted += into_bins) >= kMostCounted) carry(layer, into_bins);
-  a.units = units ? layer.units : 0;
-  a.inner = units ? (layer.units == 1 ? x.numel() : x.stride(layer.unit_dim)) : 1;
-  auto* const ledger = reinterpret_cast<Ledger*>(layer.ledger.mutable_data_ptr());
-  auto* const histograms = reinterpret_cast<Histogram*>(layer.histograms.mutable_data_ptr());
-  auto* const flags = static_cast<uint8_t*>(layer.flags.mutable_data_ptr());
-  eyes(x.device().type())->look(dtype_of("monitor", x), x, a, &ledger->sides[side], &histograms[side], flags);
+}
+
+void Sights::copy(int64_t begin, int64_t end) {
+  const int64_t size = x_->element_size();
+  const char* const from = static_cast<const char*>(x_->const_data_ptr());
+  for (const auto& [layer, a, runs] : samples_) {
+    // Run j lies among the elements from j * spacing on, and before the next ones.
+    const int64_t last = std::min(a.runs, (end + a.spacing - 1) / a.spacing);
+    for (int64_t j = begin / a.spacing; j < last; ++j) {
+      const int64_t start = generic::start_of(a, j), i = std::max(start, begin), stop = std::min(start + Look::kRun, end);
+      if (i < stop) memcpy(runs.get() + (j * Look::kRun + i - start) * size, from + i * size, size_t((stop - i) * size));
+    }
+  }
+}
+
+void Sights::look_at_copies() {
+  for (const auto& [layer, a, runs] : samples_) {
+    const std::lock_guard<std::mutex> lock(layer->mutex);
+    const Counters to(*layer);
+    eyes(x_->device().type())
+        ->look_at_copy(dtype_of("monitor", *x_), runs.get(), a, &to.ledger->sides[side_], &to.histograms[side_], to.flags);
+  }
 }
 
 Backward::Backward(const Layers& layers) { next_backward = layers.empty() || !active() ? nullptr : &layers; }
 Backward::~Backward() { next_backward = nullptr; }
 
-const Layers* backward_of() { return active() ? std::exchange(next_backward, nullptr) : nullptr; }
+const Layers& backward_of() {
+  static const Layers none;
+  const Layers* const layers = active() ? std::exchange(next_backward, nullptr) : nullptr;
+  return layers ? *layers : none;
+}
 
 }  // namespace fastact::watch

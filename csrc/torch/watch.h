@@ -27,9 +27,11 @@ inline bool active() { return monitors.load(std::memory_order_relaxed) > 0; }
 struct Eyes {
   void (*look)(DType, const Tensor& x, const Look&, Tally*, Histogram*, uint8_t* units);
   void (*look_at_rows)(DType, const Tensor& y, const RowLook&, RowTally*);
+  // At gathered runs; null where whole tensors are looked at.
+  void (*look_at_copy)(DType, const void* runs, const Look&, Tally*, Histogram*, uint8_t* units);
 };
 template <class Device>
-constexpr Eyes kEyes{Device::look, Device::look_at_rows};
+constexpr Eyes kEyes{Device::look, Device::look_at_rows, Device::kLookAtCopy};
 
 /// Of tensors on that kind of device; registered by the file of its kernels.
 void give_eyes(c10::DeviceType, const Eyes&);
@@ -131,25 +133,61 @@ struct Monitor : std::enable_shared_from_this<Monitor> {
   std::shared_ptr<Layer> output(int64_t scope, const Kind& kind, const Tensor& y);
 };
 
-/// An op of ours has computed y, a dense tensor.
-void computed(const Kind& kind, const Tensor& y);
-/// Those that the last computed() of this thread has looked at, once.
+/// The layers that y, a dense tensor that an op of ours computes, is the next output of.
+Layers layers_of(const Kind& kind, const Tensor& y);
+/// Those that the last layers_of() of this thread has found, once.
 Layers noted();
 
 /// Looks at one side of a layer; x may have any layout.
 void look(Layer& layer, int side, const Tensor& x);
+
+/// Looks at what the rows of y are like, the output of a softmax.
+void look_at_rows(Layer& layer, const Kind& kind, const Tensor& y);
+
+/// A look at a dense tensor by all layers that it belongs to. Of a sample every thread copies the part that it has just
+/// computed, or is about to read: afterwards it would have to be fetched, run by run, from that thread's cache.
+class Sights {
+ public:
+  Sights() = default;
+  /// x outlives it.
+  Sights(const Layers& layers, int side, const Tensor& x) : side_(side), x_(&x) {
+    if (!layers.empty()) prepare(layers);
+  }
+  /// Elements [begin, end) are there, and this thread is at them.
+  void part(int64_t begin, int64_t end) {
+    if (!samples_.empty()) copy(begin, end);
+  }
+  /// All are there: the look of those layers that have no sample.
+  void whole() {
+    for (const auto& layer : others_) look(*layer, side_, *x_);
+  }
+  /// All have been told of: the look at the samples.
+  void together() {
+    if (!samples_.empty()) look_at_copies();
+  }
+
+ private:
+  struct Sample {
+    std::shared_ptr<Layer> layer;
+    Look look;
+    std::unique_ptr<char[]> runs;
+  };
+  void prepare(const Layers& layers);
+  void copy(int64_t begin, int64_t end);
+  void look_at_copies();
+
+  int side_ = 0;
+  const Tensor* x_ = nullptr;
+  std::vector<Sample> samples_;
+  Layers others_;
+};
 
 /// While it lives, the next backward op of this thread belongs to these layers.
 struct Backward {
   explicit Backward(const Layers& layers);
   ~Backward();
 };
-/// Those layers, once; null where nobody watches.
-const Layers* backward_of();
-
-inline void look(const Layers* layers, int side, const Tensor& x) {
-  if (layers)
-    for (const auto& layer : *layers) look(*layer, side, x);
-}
+/// Those layers, once; none where nobody watches.
+const Layers& backward_of();
 
 }  // namespace fastact::watch
