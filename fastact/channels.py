@@ -8,12 +8,13 @@ What holds for every function with parameters:
 
 - **parameters** are tensors of one element, or of as many as x has channels: the size of its dim 1, of fewer dims 1.
 - **dtypes** with kernels: float64, float32, bfloat16, float16, the same for x and the parameters; 16-bit types are computed in
-  float32 and rounded once. The result has the shape and dtype of x.
+  float32 and rounded once.
 - **layouts**: any dense tensor (contiguous, channels_last, permuted) is processed where it lies.
 - **gradients**: reverse and forward mode, of any order. One pass makes those that are wanted, of x and of the parameters. The
   gradient of a parameter is a sum over all elements that share it: within blocks of a fixed size in the type that is computed
-  in, of these in float64, in an order that does not depend on the number of threads. x and the parameters are saved.
-- **exceptions**: `TypeError` where an argument is not a tensor, `RuntimeError` where a parameter does not fit x.
+  in, of these in float64, in an order that does not depend on the number of threads.
+- **exceptions**: `TypeError` where an argument is not a tensor, `RuntimeError` where a parameter has more than one dim or
+  another number of elements.
 """
 
 from __future__ import annotations
@@ -107,19 +108,17 @@ def activation(*, autocast: bool = False) -> Callable[[Callable[P, Tensor]], Cal
 
 @activation(autocast=True)
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
-    """x where x > 0, else weight * x, with a weight for all or one per channel: `torch.nn.functional.prelu`.
+    """x where x > 0, else weight * x, elementwise, with a weight for all or one per channel: `torch.nn.functional.prelu`.
 
-    Gradient: dy where x > 0, else weight dy; of weight: the sum of dy x where not x > 0. Error: at most 0.5 ULP, as torch's.
-    Shape and dtype: those of x. weight has at most one dim.
+    Gradient: dy where x > 0, else weight dy; of weight: the sum of dy x where not x > 0. Saved: x and weight.
+    Shape and dtype: those of x. Error: at most 0.5 ULP, as torch's. Raises `RuntimeError` for a weight of another dtype than
+    x, outside of autocast.
     """
     return F.prelu(x, weight)
 
 
 class PReLU(nn.PReLU):
-    """`fastact.prelu` as a module: the twin of `torch.nn.PReLU(num_parameters=1, init=0.25)`.
-
-    Shape: any, with channels in dim 1; the output has the input's.
-    """
+    """`fastact.prelu` as a module: the twin of `torch.nn.PReLU(num_parameters=1, init=0.25)`. Shape: any; channels in dim 1."""
 
     def forward(self, input: Tensor) -> Tensor:
         return prelu(input, self.weight)
@@ -127,11 +126,11 @@ class PReLU(nn.PReLU):
 
 @activation()
 def channel_scaled_sigmoid(x: Tensor, scale: Tensor, slope: Tensor) -> Tensor:
-    """scale * sigmoid(slope * x) with a scale and a slope for all or one each per channel, in one kernel.
+    """scale * sigmoid(slope * x), elementwise, with a scale and a slope for all or one each per channel, in one kernel.
 
-    Gradient, with s = sigmoid(slope x): dy scale slope s (1 - s); of scale: the sum of dy s; of slope: the sum of
-    dy scale s (1 - s) x. Shape and dtype: those of x. Error: that of `fastact.scaled_sigmoid`. scale and slope have at most
-    one dim, and may differ in whether they are for all or per channel.
+    Gradient: dy scale slope s (1 - s) with s = sigmoid(slope x); of scale: the sum of dy s; of slope: the sum of
+    dy scale s (1 - s) x. Saved: x, scale and slope. Shape and dtype: those of x. Error: that of `fastact.scaled_sigmoid`.
+    One of scale and slope may be for all, the other per channel.
     """
     shape = [1, -1, *[1] * (x.dim() - 2)] if x.dim() > 1 else []
     channels = x.shape[1] if x.dim() > 1 else 1
@@ -171,9 +170,10 @@ def maxout(x: Tensor, pieces: int, dim: int = 1) -> Tensor:
     """The largest of every `pieces` neighbours along `dim`: `x.unflatten(dim, (-1, pieces)).max(dim + 1).values`.
 
     Gradient: dy at the first of the largest, 0 elsewhere. Saved: a byte per result, not x. NaN is larger than any number.
-    Shape: that of x with size(dim) / pieces in `dim`. dtype: that of x; float64, float32, bfloat16 and float16 have kernels for
-    up to 255 pieces. Error: none. Raises `ValueError` where `pieces` is not positive or does not divide the size, `IndexError`
-    for a dim out of range.
+    Shape: that of x with size(dim) / pieces in `dim`; dtype: that of x. Error: none. float64, float32, bfloat16 and float16
+    have kernels for up to 255 pieces, in any dense layout. Derivatives: reverse and forward mode, of any order. Raises
+    `TypeError` where x is not a tensor or a number not an int, `ValueError` where `pieces` is not positive or does not divide
+    the size, `IndexError` for a dim out of range.
     """
     if not torch.compiler.is_compiling():
         if has_torch_function_unary(x):

@@ -72,18 +72,10 @@ _C.pool_start(
 
 
 def limit(bytes: int | None = None) -> int:
-    """The most bytes that are held for later outputs.
+    """Sets the most bytes that are held for later outputs, and returns the limit from now on.
 
-    Args:
-        bytes: the new limit; what is held beyond it is released at once, what was freed longest ago first. 0 holds nothing.
-            None leaves it as it is.
-
-    Returns:
-        The limit from now on, in bytes.
-
-    Raises:
-        TypeError: if it is not an integer.
-        ValueError: if it is negative.
+    `bytes`: the new limit; what is held beyond it is released at once, what was freed longest ago first. 0 holds nothing, None
+    leaves the limit as it is. Raises `TypeError` where it is not an integer, `ValueError` where it is negative.
     """
     if bytes is not None:
         number = operator.index(bytes)
@@ -99,13 +91,12 @@ def empty_cache() -> None:
 
 
 def stats() -> dict[str, int]:
-    """What the pool does now, and has done since the start of the process.
+    """What the pool does now, and has done since the start of the process, as a dict.
 
-    Returns:
-        limit: the most bytes it may hold.
-        held: bytes of freed blocks that wait for the next output; never more than `limit`.
-        blocks: how many these are.
-        in_use: bytes of the blocks that live tensors lie in.
-        hits, misses: outputs that got a block from the pool, and that got a new one.
+    - `limit`: the most bytes it may hold
+    - `held`: bytes of freed blocks that wait for the next output; never more than `limit`
+    - `blocks`: how many these are
+    - `in_use`: bytes of the blocks that live tensors lie in
+    - `hits`, `misses`: outputs that got a block from the pool, and that got a new one
     """
     return _C.pool_stats()

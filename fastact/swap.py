@@ -93,17 +93,23 @@ def _name(cls: type[nn.Module]) -> str:
 
 
 class Entry(NamedTuple):
-    """An activation of a model: one line of a report."""
+    """An activation of a model: one line of a report.
 
-    path: str  #: as in `named_modules()`; "" for the model itself
-    old: str  #: name of its class before; of the function, where it is one
-    new: str | None  #: name of its class after, None where it was left alone
-    reason: str  #: why it was left alone, else ""
+    - `path`: as in `named_modules()`; "" for the model itself
+    - `old`: name of its class before; of the function, where it is one
+    - `new`: name of its class after, None where it was left alone
+    - `reason`: why it was left alone, else ""
+    """
+
+    path: str
+    old: str
+    new: str | None
+    reason: str
 
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What `patch` or `unpatch` did: iterable, in the order of `named_modules()`, and printed as a table.
+    """What `patch` or `unpatch` did: printed as a table, and iterable, an `Entry` each in the order of `named_modules()`.
 
     A module that a model holds in several places has an entry for each.
     """
@@ -195,11 +201,10 @@ def patch(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None =
     the same object, with its parameters, hooks, attributes, parametrizations and places in the model. Everything else is left
     alone: subclasses, scripted modules, objects whose `forward` was replaced; and functions: see `functional_patch`.
 
-    Args:
-        model: any module, which may be an activation itself.
-        filter_fn: called as `filter_fn(name, module)` for each module that could be swapped, with its name in
-            `named_modules()`; what it is false for stays. A module with several names stays if it is false for one of them.
-        dry_run: change nothing, only report what would be done.
+    - `model`: any module, which may be an activation itself
+    - `filter_fn`: called as `filter_fn(name, module)` for each module that could be swapped, with its name in
+      `named_modules()`; what it is false for stays. A module with several names stays if it is false for one of them.
+    - `dry_run`: change nothing, only report what would be done
 
     Raises `TypeError` for arguments that are something else. If `filter_fn` raises, nothing has been changed.
     """

@@ -26,12 +26,12 @@ def gradient_images(model: nn.Module, path: str | PathLike[str]) -> None:
     A kernel with 3 input channels and more than one pixel is a colour image: 0 is middle grey, and plus or minus the largest
     magnitude the brightest or the darkest. All others are drawn from blue (negative) over white (0) to red, one image for a
     pair of an output and an input channel, one row for an output channel; a 1x1 convolution is its matrix of output by input
-    channels; depth slices of a 3-dimensional kernel stand side by side. Of a layer, `MOST` kernels at most. The scale is
+    channels; depth slices of a 3-dimensional kernel stand side by side. Of a layer, 64 kernels at most. The scale is
     symmetric around 0 and that of the layer, once for its kernels and once for its gradients; written beside them are that
     scale and the RMS of either, over all its kernels.
 
-    Call it after `loss.backward()`. ValueError where no convolution has a gradient. Needs matplotlib: pip install
-    'fastact[sight]'.
+    Call it after `loss.backward()`. `path`: its ending (.png, .pdf, .svg) names the type. Raises `ValueError` where no
+    convolution has a gradient. Needs matplotlib: `pip install 'fastact[sight]'`.
     """
     from fastact.sight import plot
 

@@ -69,7 +69,9 @@ def monitor(
     second dim behind convolutions and normalisations over channels and of tensors with more than three dims, else the last.
     `loss`: the loss module, or its class name, which some verdicts depend on.
 
-    Neither outputs nor gradients are changed, and nothing of the model is but its hooks, which `close()` removes.
+    Neither outputs nor gradients are changed, and nothing of the model is but its hooks, which `close()` removes. Raises
+    `TypeError` where `model` is no module or a number no int, `ValueError` for numbers below 1 and for a path in `unit_dim`
+    that the model does not have.
     """
     return Watch(model, every, sample, unit_dim, loss)
 
@@ -137,7 +139,7 @@ class _Leave(_Hook):
 
 
 class Watch:
-    """What `fastact.monitor` returns."""
+    """What `fastact.monitor` returns. At the end of a `with` block it is closed."""
 
     def __init__(
         self,
@@ -282,7 +284,7 @@ class Watch:
     # ---- Steps -----------------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Ends a step: what comes after it belongs to the next one."""
+        """Ends a step: what comes after it belongs to the next one. Does nothing where none has begun."""
         if self._history is not None or not self._core.running:
             return
         if self._core.recording:
@@ -325,14 +327,16 @@ class Watch:
         )
 
     def report(self, targets: Any = None) -> Report:
-        """Figures and verdicts so far: `print(watch.report())`. `targets`: what the loss compares the model's output with."""
+        """Figures and verdicts so far, before or after `close()`: `print(watch.report())`. Ends a step that has begun.
+        `targets`: what the loss compares the model's output with."""
         return Report(self.history(), targets)
 
     # ---- The end -----------------------------------------------------------------------------------------------------------
 
     def close(self, *, combine: bool = True) -> None:
         """Removes the hooks and frees the counters; the report stays. Under DistributedDataParallel and FSDP the counts of all
-        ranks are added up here, so that all have to call it, unless `combine` is false.
+        ranks are added up here, so that all have to call it, unless `combine` is false, as at the end of a `with` block that an
+        exception leaves.
         """
         if self._history is not None:
             return

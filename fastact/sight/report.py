@@ -44,6 +44,9 @@ class Report:
     stand in `fastact.sight.figures`, thresholds and rules of the verdicts in `fastact.sight.verdicts`. Figures are over all
     steps in training mode; if there were none, over those in evaluation mode.
 
+    `report.figures`: a dict per layer. `report.verdicts`: a list whose entries have `layer`, `kind`, `text` (what was measured)
+    and `remedy`. `report.history`: the numbers behind them, a `fastact.sight.history.History`.
+
     `targets` (a tensor, an array or numbers): what the loss compares the output with, to be held against its range.
     """
 
@@ -167,7 +170,7 @@ class Report:
         """Draws six panels into one file, of the type that its ending names (.png, .pdf, .svg): saturated outputs, zeros and
         dead units per layer; the same over the steps; densities of the outputs; densities of the gradients (of more than 24
         layers as rows); RMS of the gradient by depth; which units were active in which step. Needs matplotlib:
-        pip install 'fastact[sight]'."""
+        `pip install 'fastact[sight]'`."""
         from fastact.sight import plot
 
         plot.plot(self, path)
