@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import fastact
 from fastact import _registry
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +36,16 @@ def test_links_lead_to_files(document: Path) -> None:
 def test_python_snippets_run(document: Path) -> None:
     for snippet in re.findall(r"```python\n(.*?)```", document.read_text(), re.S):
         exec(compile(snippet, document.name, "exec"), {})
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("activations.md", "reference.md"))
+    for module in (fastact, fastact.compiler, fastact.memory, fastact.sight, fastact.swap):
+        for name in module.__all__:
+            described = inspect.ismodule(getattr(module, name)) or re.search(
+                rf"`fastact\.{name}\(|^### \S+\.{name}$", text, re.M
+            )
+            assert described, f"{module.__name__}.{name}"
 
 
 def test_linked_tests_exist() -> None:

@@ -1,5 +1,5 @@
-"""Writes the generated blocks of the documents: activations from the rows, speeds from benchmark runs, and what `make matrix`
-found.
+"""Writes the generated blocks of the documents: activations from the rows, the reference from docstrings, speeds from benchmark
+runs, and what `make matrix` found.
 
     python tools/readme.py             writes them
     python tools/readme.py --check     exits 1 if a document does not hold what this would write
@@ -20,11 +20,15 @@ import inspect
 import json
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
+import fastact
 from fastact import _registry
-from fastact import activations as activations_module
 from fastact.bench import channels, sight
 from fastact.bench.cases import TENSORS_MOVED
 from fastact.bench.report import Report
@@ -36,6 +40,8 @@ MATRIX = ROOT / "docs" / "matrix.md"
 
 DIRECTIONS = "forward / backward / both through autograd"
 PEERS = {"ort": "ONNX Runtime", "jax": "JAX"}
+# The functions without a row, and their modules.
+CHANNELS = {"prelu": "PReLU", "channel_scaled_sigmoid": "ScaledSigmoid(learnable=True)", "maxout": "Maxout"}
 # A small, a middle and a large tensor: one call, one cache, and memory.
 SHOWN = {"64": "64", "100,000": "100,000", "33,554,432": "33 million"}
 
@@ -46,71 +52,113 @@ def sentence(doc: str, word: str) -> str:
     return re.sub(r"\s+", " ", match[1]) if match else ""
 
 
-def facts(row: _registry.Row) -> dict[str, str]:
-    """What the docstring of a row says of it, and its promise."""
-    doc = inspect.getdoc(row.function) or ""
+def facts(function: Callable[..., Any]) -> dict[str, str]:
+    """What the docstring of an activation says of it, in short."""
+    doc = inspect.getdoc(function) or ""
+    promised = re.match(r"(?:at most )?(none|[\d.]+ ULP)", sentence(doc, "Error"))
     return {
         "formula": re.split(r",? (?:elementwise|along)", doc, maxsplit=1)[0],
-        "gradient": sentence(doc, "Gradient").partition(", at most")[0],
-        "saved": sentence(doc, "Saved").partition(",")[0].replace("the output; for", "output; for") or "output",
-        "error": "none" if row.ulp == 0 else f"{row.ulp:g} ULP" if row.ulp else "see docstring",
+        "error": promised[1] if promised else "stated there",
     }
 
 
-def call(row: _registry.Row) -> str:
-    return f"{row.name}{inspect.signature(row.function)}"
-
-
-def constructor(row: _registry.Row) -> str:
-    """The arguments of the module, without their types and the `*args` of those that take none."""
-    named = inspect.signature(getattr(activations_module, row.class_name)).parameters.values()
-    return f"({', '.join(f'{p.name}={p.default!r}' for p in named if p.kind is p.POSITIONAL_OR_KEYWORD)})"
+def arguments(function: Callable[..., Any]) -> str:
+    """Names and defaults, without their types and the `*args` of modules that take none."""
+    named = [p for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return f"({', '.join(p.name if p.default is p.empty else f'{p.name}={p.default!r}' for p in named)})"
 
 
 def table_line(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def head(*cells: str) -> list[str]:
+    return [table_line(*cells), "|" + " --- |" * len(cells)]
+
+
 def activations() -> str:
-    lines = ["| function | module | formula | gradient | saved | error |", "| --- | --- | --- | --- | --- | --- |"]
-    lines += [table_line(f"`{call(row)}`", f"`{row.class_name}`", *facts(row).values()) for row in _registry.rows.values()]
+    modules = {name: row.class_name for name, row in _registry.rows.items()} | CHANNELS
+    lines = head("function", "module", "formula", "error")
+    for name, module in modules.items():
+        function = getattr(fastact, name)
+        call = f"[`{name}{arguments(function)}`](docs/activations.md#{name})"
+        lines.append(table_line(call, f"`{module}`", *facts(function).values()))
     return "\n".join(lines)
 
 
-LABELS = r"(?:Gradient|Saved|Shape|Shape and dtype|Error)"
-
-
-def common() -> str:
-    """What the docstring of fastact.activations says of all functions: its list."""
-    doc = inspect.getdoc(activations_module) or ""
+def common(module: ModuleType) -> str:
+    """What the docstring of a module says of all its functions: its list."""
+    doc = inspect.getdoc(module) or ""
     return doc[doc.index("- **") :]
 
 
 def rows() -> str:
-    """A section for each row: its plot, its names, and its docstring, taken apart."""
-    parts = []
-    for row in _registry.rows.values():
-        head, _, rest = (inspect.getdoc(row.function) or "").partition("\n\n")
-        notes = re.sub(rf"\b{LABELS}: .+?\.(?:\s+|$)", "", rest, flags=re.S).strip()
-        said = {label: sentence(rest, label) for label in ("Gradient", "Saved", "Shape", "Shape and dtype", "Error")}
-        table = [
-            ("module", f"`fastact.{row.class_name}{constructor(row)}`"),
+    """A section for each row."""
+    return "\n\n".join(
+        section(
+            row.name,
+            row.class_name,
+            f"![{row.name} and its derivative](plots/{row.name}.svg)",
             ("autograd Function", f"`fastact.autograd.{row.class_name}`"),
-            ("ops", f"`torch.ops.fastact.{row.name}`, `torch.ops.fastact.{row.name}_backward`"),
-            *((label.lower(), text) for label, text in (said | {"Saved": said["Saved"] or "the output"}).items() if text),
-        ]
-        lines = [
-            f"## {row.name}",
-            "",
-            f"`fastact.{call(row)}`",
-            "",
-            re.sub(r"\s+", " ", head).replace(": `torch", ", as `torch"),
-            "",
-        ]
-        lines += [f"![{row.name} and its derivative](plots/{row.name}.svg)", ""]
-        lines += [table_line(*table[0]), "| --- | --- |", *(table_line(*line) for line in table[1:])]
-        parts.append("\n".join([*lines, *(["", notes] if notes else [])]))
+        )
+        for row in _registry.rows.values()
+    )
+
+
+def section(name: str, call: str, plot: str = "", *more: tuple[str, str]) -> str:
+    """Of an activation: its plot, its names, and its docstring, taken apart. `call`: its module, with arguments if it has a
+    section of its own elsewhere."""
+    function = getattr(fastact, name)
+    module = None if "(" in call else getattr(fastact, call)
+    first, _, rest = (inspect.getdoc(function) or "").partition("\n\n")
+    labels = ("Gradient", "Saved", "Shape", "Shape and dtype", "Error")
+    said = {label: sentence(rest, label) for label in labels}
+    table = [
+        ("module", f"`fastact.{call}{arguments(module) if module else ''}`"),
+        *more,
+        ("ops", f"`torch.ops.fastact.{name}`, `torch.ops.fastact.{name}_backward`"),
+        *((label.lower(), text) for label, text in (said | {"Saved": said["Saved"] or "the output"}).items() if text),
+    ]
+    lines = [*head(*table[0]), *(table_line(*line) for line in table[1:])]
+    notes = re.sub(rf"\b(?:{'|'.join(labels)}): .+?\.(?:\s+|$)", "", rest, flags=re.S).strip()
+    of_module = (inspect.getdoc(module) or "").partition("\n\n")[2] if module else ""
+    parts = [
+        f"## {name}",
+        f"`fastact.{name}{arguments(function)}`",
+        re.sub(r"\s+", " ", first).replace(": `torch", ", as `torch"),
+        plot,
+        "\n".join(lines),
+        notes,
+        of_module and f"**The module.** {of_module}",
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def channel_sections() -> str:
+    return "\n\n".join("#" + section(name, module) for name, module in CHANNELS.items())
+
+
+def reference(*names: str) -> str:
+    """Of what `fastact` has under these names: signatures and docstrings, and those of the methods of a class."""
+    parts = []
+    for name in names:
+        thing = attrgetter(name)(fastact)
+        parts.append(f"### fastact.{name}")
+        if inspect.isfunction(thing):
+            parts.append(f"`fastact.{name}{typed(thing)}`")
+        parts.append(inspect.getdoc(thing) or "")
+        for member, method in vars(thing).items() if inspect.isclass(thing) else ():
+            if isinstance(method, FunctionType | property) and not member.startswith("_"):
+                parts.append(f"**`{member}{typed(method, 1) if isinstance(method, FunctionType) else ''}`**")
+                parts.append(inspect.getdoc(method) or "")
     return "\n\n".join(parts)
+
+
+def typed(function: FunctionType, skipped: int = 0) -> str:
+    """The signature, without its first parameters, and without quotes around the types."""
+    signature = inspect.signature(function)
+    rest = list(signature.parameters.values())[skipped:]
+    return re.sub(r"(?<=: |> )'([^']+)'", r"\1", str(signature.replace(parameters=rest)))
 
 
 def speeds() -> str:
@@ -118,19 +166,17 @@ def speeds() -> str:
     dtypes = ["float32", "bfloat16"]
     ratios = {(row.op, row.label, row.dtype, row.direction): row.ratio_eager for row in report.rows}
     elementwise = [op for op in _registry.elementwise if (op, "64", dtypes[0], "forward") in ratios]
+    columns = [(label, dtype) for label in SHOWN for dtype in dtypes]
     lines = [f"{report.title()}. Torch's median time over fastact's in one run: {DIRECTIONS}.", ""]
-    lines += ["| elements | dtype | " + " | ".join(elementwise) + " |", "| --- | --- |" + " --- |" * len(elementwise)]
-    for label, shown in SHOWN.items():
-        for dtype in dtypes:
-            cells = [ratio(ratios, op, label, dtype) for op in elementwise]
-            lines.append(f"| {shown} | {dtype} | " + " | ".join(cells) + " |")
+    lines += head("", *(f"{SHOWN[label]}, {dtype}" for label, dtype in columns))
+    lines += [table_line(op, *(ratio(ratios, op, label, dtype) for label, dtype in columns)) for op in elementwise]
     for op in _registry.along_dim:
         shapes = [row for row in report.rows if row.op == op and row.dtype == dtypes[0] and row.direction == "forward"]
         if shapes:
-            lines += ["", f"| {op} | shape, dim | " + " | ".join(dtypes) + " |", "| --- | --- | --- | --- |"]
+            lines += ["", *head(op, "shape, dim", *dtypes)]
         for row in shapes:
             cells = [ratio(ratios, op, row.label, dtype) for dtype in dtypes]
-            lines.append(f"| {row.label} | {tuple(row.shape)}, {row.dim} | " + " | ".join(cells) + " |")
+            lines.append(table_line(row.label, f"{tuple(row.shape)}, {row.dim}", *cells))
     return "\n".join([*lines, "", *rivals(report)])
 
 
@@ -140,14 +186,14 @@ def one_thread() -> str:
     rows = [row for row in report.rows if row.label == "100,000"]
     ratios = {(row.op, row.label, row.dtype, row.direction): row.ratio_eager for row in rows}
     ops, dtypes = dict.fromkeys(row.op for row in rows), dict.fromkeys(row.dtype for row in rows)
-    lines = [f"{report.title()}. {DIRECTIONS.capitalize()}.", "", table_line("", *dtypes), "| --- |" + " --- |" * len(dtypes)]
+    lines = [f"{report.title()}. {DIRECTIONS.capitalize()}.", "", *head("", *dtypes)]
     lines += [table_line(op, *(ratio(ratios, op, "100,000", dtype) for dtype in dtypes)) for op in ops]
     return "\n".join(lines)
 
 
 def rivals(report: Report) -> list[str]:
     """Every kernel row of the run against everything measured beside it."""
-    lines = ["| forward and backward rows against | rows | median | worst | below 1.0 |", "| --- | --- | --- | --- | --- |"]
+    lines = head("forward and backward rows against", "rows", "median", "worst", "below 1.0")
     against: dict[str, list[tuple[float, str]]] = {}
     for row in report.rows:
         if row.direction == "both":
@@ -192,7 +238,7 @@ def matrix() -> str:
     found = re.findall(r"^\| (3\.\d+)\S* \| (\d+\.\d+)\S* \| (.+?) \|", MATRIX.read_text(), re.M)
     outcomes = {(python, torch): outcome for python, torch, outcome in found}
     torches = sorted({torch for _, torch in outcomes}, key=version)
-    lines = [table_line("Python", *(f"torch {torch}" for torch in torches)), "| --- |" + " --- |" * len(torches)]
+    lines = head("Python", *(f"torch {torch}" for torch in torches))
     for python in sorted({python for python, _ in outcomes}, key=version):
         lines.append(table_line(python, *(outcomes.get((python, torch), "not tried") for torch in torches)))
     return "\n".join(lines)
@@ -204,8 +250,20 @@ def version(text: str) -> list[int]:
 
 BLOCKS = {
     "README.md": {"activations": activations, "speeds": speeds, "matrix": matrix},
-    "docs/activations.md": {"common": common, "rows": rows},
+    "docs/activations.md": {
+        "common": partial(common, fastact.activations),
+        "rows": rows,
+        "channels-common": partial(common, fastact.channels),
+        "channels": channel_sections,
+    },
     "docs/performance.md": {"one-thread": one_thread, "channels": channel_speeds},
+    "docs/reference.md": {
+        "monitoring": partial(reference, "monitor", "sight.Watch", "sight.Report", "gradient_images"),
+        "swapping": partial(reference, "patch", "unpatch", "functional_patch", "swap.Report", "swap.Entry"),
+        "compiling": partial(reference, "compiler.opaque"),
+        "memory": partial(reference, "memory", "memory.limit", "memory.empty_cache", "memory.stats"),
+        "build": partial(reference, "build_info"),
+    },
     "docs/sight.md": {"cost": cost},
 }
 
@@ -218,6 +276,8 @@ def main() -> None:
         path = ROOT / document
         text = new = path.read_text()
         for name, make in blocks.items():
+            if f"<!-- {name} -->" not in text:
+                sys.exit(f"{document} has no block {name}")
             block = f"<!-- {name} -->\n{make()}\n<!-- end {name} -->"
             new = re.sub(rf"<!-- {name} -->.*<!-- end {name} -->", lambda _, block=block: block, new, flags=re.S)
         if check and new != text:
