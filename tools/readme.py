@@ -1,5 +1,5 @@
-"""Writes the generated blocks of the documents: activations from the rows, the reference from docstrings, speeds from benchmark
-runs, and what `make matrix` found.
+"""Writes the generated blocks of the documents: activations from the rows, the reference from docstrings, verdicts from their
+rules, speeds from benchmark runs, and what `make matrix` found.
 
     python tools/readme.py             writes them
     python tools/readme.py --check     exits 1 if a document does not hold what this would write
@@ -33,6 +33,7 @@ from fastact.bench import channels, sight
 from fastact.bench.cases import TENSORS_MOVED
 from fastact.bench.report import Report
 from fastact.bench.timing import Spread
+from fastact.sight import verdicts
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -161,6 +162,27 @@ def typed(function: FunctionType, skipped: int = 0) -> str:
     return re.sub(r"(?<=: |> )'([^']+)'", r"\1", str(signature.replace(parameters=rest)))
 
 
+def kinds() -> str:
+    """The verdicts with the docstrings of their rules."""
+    lines = head("verdict", "when")
+    found: list[str] = []
+    for rule in verdicts.RULES:
+        given = [kind for kind in verdicts.KINDS if f'"{kind}"' in inspect.getsource(rule)]
+        found += given
+        doc = re.sub(r"\s+", " ", inspect.getdoc(rule) or "")
+        lines.append(table_line(", ".join(given), re.sub(r"\b[A-Z]{4,}(?:_[A-Z]+)*\b", r"`\g<0>`", doc)))
+    assert found == list(verdicts.KINDS)
+    return "\n".join(lines)
+
+
+def thresholds() -> str:
+    """The constants that rules name, with the comments above them."""
+    lines = head("threshold", "", "reason")
+    for comment, name, value in re.findall(r"((?:^# .+\n)+)([A-Z_]+) = ([\d.e-]+)$", inspect.getsource(verdicts), re.M):
+        lines.append(table_line(f"`{name}`", value, re.sub(r"\s*^# ", " ", comment, flags=re.M).strip()))
+    return "\n".join(lines)
+
+
 def speeds() -> str:
     report = Report.load(RESULTS / "cpu.json")
     dtypes = ["float32", "bfloat16"]
@@ -264,7 +286,7 @@ BLOCKS = {
         "memory": partial(reference, "memory", "memory.limit", "memory.empty_cache", "memory.stats"),
         "build": partial(reference, "build_info"),
     },
-    "docs/sight.md": {"cost": cost},
+    "docs/sight.md": {"cost": cost, "kinds": kinds, "thresholds": thresholds},
 }
 
 
