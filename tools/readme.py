@@ -189,7 +189,7 @@ def speeds() -> str:
     ratios = {(row.op, row.label, row.dtype, row.direction): row.ratio_eager for row in report.rows}
     elementwise = [op for op in _registry.elementwise if (op, "64", dtypes[0], "forward") in ratios]
     columns = [(label, dtype) for label in SHOWN for dtype in dtypes]
-    lines = [f"{report.title()}. Torch's median time over fastact's in one run: {DIRECTIONS}.", ""]
+    lines = [f"{report.title()}. Torch's median time over fastact's in one run, by elements and dtype: {DIRECTIONS}.", ""]
     lines += head("", *(f"{SHOWN[label]}, {dtype}" for label, dtype in columns))
     lines += [table_line(op, *(ratio(ratios, op, label, dtype) for label, dtype in columns)) for op in elementwise]
     for op in _registry.along_dim:
