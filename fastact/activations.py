@@ -399,7 +399,7 @@ def log_softmax(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = N
     always 0 and the gradient 0: warns, once. Raises `IndexError` for a dim out of range.
     Error: in units of 2^-24 in float32, 2^-53 in float64, at most |y| + |x - m| for two roundings; 4 times the logarithm of the
     sum; 3, and one for every addition, as in softmax, for the sum; and one for each 1 of distance from the maximum on the
-    average of the row, by weight. So where y is near 0, it is that of a number near 1.
+    average of the row, by weight: where y is near 0, that of a number near 1.
     """
     return F.log_softmax(x, dim, dtype=dtype)
 
