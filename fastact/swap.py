@@ -25,11 +25,9 @@ __all__ = ["Entry", "Report", "functional_patch", "patch", "unpatch"]
 
 # ---- What is what --------------------------------------------------------------------------------------------------------
 
-_OURS: tuple[type[nn.Module], ...] = tuple(getattr(modules, name) for name in modules.__all__)
-
 # Ours by torch's: a class of ours whose base is torch's of the same name.
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {
-    torchs: ours for ours in _OURS if (torchs := getattr(nn, ours.__name__, None)) in ours.__bases__
+    torchs: ours for ours in modules.classes if (torchs := getattr(nn, ours.__name__, None)) in ours.__bases__
 }
 _TORCHS = {ours: torchs for torchs, ours in _TWINS.items()}
 
@@ -82,7 +80,7 @@ _FUNCTIONS = _functions()
 
 def _name(cls: type[nn.Module]) -> str:
     """Where users find a class."""
-    if cls in _OURS:
+    if cls in modules.classes:
         return f"fastact.{cls.__name__}"
     if getattr(nn, cls.__name__, None) is cls:
         return f"torch.nn.{cls.__name__}"
@@ -182,12 +180,12 @@ def _why_not(module: nn.Module) -> str | None:
         named = getattr(nn, module.original_name, None)
         return "scripted or traced" if named in _TWINS else None
     cls = type_before_parametrizations(module)
-    if cls in _OURS:
+    if cls in modules.classes:
         return "fastact's already"
     if cls in _OTHERS:
         return f"fastact has no {cls.__name__}"
     if cls not in _TWINS:
-        base = next((base for base in cls.__mro__ if base in _TWINS or base in _OURS), None)
+        base = next((base for base in cls.__mro__ if base in _TWINS or base in modules.classes), None)
         return f"a subclass of {_name(base)}" if base else None
     if "forward" in vars(module):
         return "this object has a forward of its own"
@@ -256,7 +254,7 @@ def unpatch(model: nn.Module) -> Report:
             plan.swap(path, module, _TORCHS[cls])
         elif _MARK in vars(module):
             plan.keep(path, _name(cls), "it got another class since")
-        elif isinstance(module, _OURS):
+        elif isinstance(module, modules.classes):
             plan.keep(path, _name(cls), "not from patch()")
     plan.carry_out(mark=False)
     return Report(tuple(plan.entries), "restored")

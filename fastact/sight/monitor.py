@@ -28,7 +28,6 @@ SAMPLE = 2048  # elements, so that what a share is off by is 1.1% at most for on
 PENDING = 64  # steps whose counters may wait on the host, as they came, before they are taken in
 _BY_RANK = -(2**63)
 
-_OURS: tuple[type[nn.Module], ...] = tuple(getattr(modules, name) for name in modules.__all__)
 _TORCHS = tuple({getattr(nn, name) for name in nn.modules.activation.__all__} - {nn.MultiheadAttention})
 # Outputs from which on those are saturated that have no row, on both sides: where the derivative is 0, or (1 - |y|)^2 is below
 # 1 - 0.97^2 (csrc/torch/watch.h).
@@ -191,7 +190,7 @@ class Watch:
         returned = _Hook(self, Watch._returned)
         before: nn.Module | None = None
         for module, (path, *shared) in paths.items():
-            ours, torchs = isinstance(module, _OURS), isinstance(module, _TORCHS)
+            ours, torchs = isinstance(module, modules.classes), isinstance(module, _TORCHS)
             leaf = next(module.children(), None) is None
             if ours or torchs or not type(module).__module__.startswith("torch."):
                 self._places.append(_Place(path, shared, ours or torchs, ours))
@@ -401,7 +400,7 @@ _ROWS = {row.class_name: row for row in _registry.rows.values()}
 def _kind(module: nn.Module, y: Tensor) -> tuple[str, list[float], int | None]:
     """Name of the activation of a module that no kernel of ours reports, parameters and dim as far as a row has them."""
     name = type(module).__name__
-    row = _ROWS.get(name) if type(module) in _TORCHS or isinstance(module, _OURS) else None
+    row = _ROWS.get(name) if type(module) in _TORCHS or isinstance(module, modules.classes) else None
     if row is None:
         return name.lower(), [], None
     if row.along_dim:
