@@ -142,6 +142,11 @@ def _default(parameter: inspect.Parameter) -> str:
     return "" if parameter.default is parameter.empty or ":" not in str(parameter) else f"={parameter.default!r}"
 
 
+def implicit_dim(rank: int) -> int:
+    """What torch takes where softmax or a relative is given no dim."""
+    return 0 if rank in (0, 1, 3) else 1
+
+
 def checked_dim(name: str, dim: int | None, rank: int) -> int:
     """What softmax or a relative has to say about its dim: called from C for a dim that is missing, or that has one element."""
     if dim is None:
@@ -149,7 +154,7 @@ def checked_dim(name: str, dim: int | None, rank: int) -> int:
             f"Implicit dimension choice for {name} has been deprecated. Change the call to include dim=X as an argument.",
             stacklevel=2,
         )
-        return 0 if rank in (0, 1, 3) else 1
+        return implicit_dim(rank)
     always = along_dim[name].reference(torch.zeros(1), 0).item()
     warnings.warn(
         f"{name} over dim {dim}, which has one element: the result is always {always:g} and its gradient always 0. "

@@ -405,7 +405,7 @@ def _kind(module: nn.Module, y: Tensor) -> tuple[str, list[float], int | None]:
         return name.lower(), [], None
     if row.along_dim:
         dim: int | None = getattr(module, "dim", None)
-        return row.name, [], dim if dim is not None else 0 if y.dim() in (0, 1, 3) else 1
+        return row.name, [], _registry.implicit_dim(y.dim()) if dim is None else dim
     parameters = [getattr(module, parameter, default) for parameter, default in row.parameters.items()]
     if any(isinstance(p, Tensor) for p in parameters):  # one per channel
         return row.name, [], None
