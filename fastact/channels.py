@@ -58,7 +58,7 @@ def _has_kernel(x: Tensor, *parameters: Tensor) -> bool:
     )
 
 
-def activation(*, autocast: bool = False) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+def channel_activation(*, autocast: bool = False) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
     """Makes the public function of a row out of its reference, whose name, signature and docstring it takes.
 
     `autocast`: whether torch casts the arguments of its twin to the lower precision of a `torch.autocast` region.
@@ -106,7 +106,7 @@ def activation(*, autocast: bool = False) -> Callable[[Callable[P, Tensor]], Cal
     return decorate
 
 
-@activation(autocast=True)
+@channel_activation(autocast=True)
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
     """x where x > 0, else weight * x, elementwise, with a weight for all or one per channel: `torch.nn.functional.prelu`.
 
@@ -124,7 +124,7 @@ class PReLU(nn.PReLU):
         return prelu(input, self.weight)
 
 
-@activation()
+@channel_activation()
 def channel_scaled_sigmoid(x: Tensor, scale: Tensor, slope: Tensor) -> Tensor:
     """scale * sigmoid(slope * x), elementwise, with a scale and a slope for all or one each per channel, in one kernel.
 
