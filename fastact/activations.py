@@ -73,6 +73,19 @@ def _kept(module: nn.Module, *names: str) -> str:
     return ", ".join(f"{name}={getattr(module, name)!r}" for name in names if name in vars(module))
 
 
+class _WithPreciseGrad(nn.Module):
+    """What a module with `precise_grad` has besides its twin."""
+
+    precise_grad = False
+
+    def __init__(self, precise_grad: bool = False) -> None:
+        super().__init__()
+        _keep(self, precise_grad=precise_grad)
+
+    def extra_repr(self) -> str:
+        return _kept(self, "precise_grad")
+
+
 @activation(ulp=2.0)
 def sigmoid(x: Tensor, precise_grad: bool = False) -> Tensor:
     """1 / (1 + exp(-x)), elementwise: `torch.sigmoid`.
@@ -84,20 +97,11 @@ def sigmoid(x: Tensor, precise_grad: bool = False) -> Tensor:
     return torch.sigmoid(x)
 
 
-class Sigmoid(nn.Sigmoid):
+class Sigmoid(_WithPreciseGrad, nn.Sigmoid):
     """`fastact.sigmoid` as a module: the twin of `torch.nn.Sigmoid`. Shape: any; the output has the input's."""
-
-    precise_grad = False
-
-    def __init__(self, precise_grad: bool = False) -> None:
-        super().__init__()
-        _keep(self, precise_grad=precise_grad)
 
     def forward(self, input: Tensor) -> Tensor:
         return sigmoid(input, self.precise_grad)
-
-    def extra_repr(self) -> str:
-        return _kept(self, "precise_grad")
 
 
 @activation(ulp=0.0)
@@ -145,20 +149,11 @@ def tanh(x: Tensor, precise_grad: bool = False) -> Tensor:
     return torch.tanh(x)
 
 
-class Tanh(nn.Tanh):
+class Tanh(_WithPreciseGrad, nn.Tanh):
     """`fastact.tanh` as a module: the twin of `torch.nn.Tanh`. Shape: any; the output has the input's."""
-
-    precise_grad = False
-
-    def __init__(self, precise_grad: bool = False) -> None:
-        super().__init__()
-        _keep(self, precise_grad=precise_grad)
 
     def forward(self, input: Tensor) -> Tensor:
         return tanh(input, self.precise_grad)
-
-    def extra_repr(self) -> str:
-        return _kept(self, "precise_grad")
 
 
 @activation(ulp=2.5)
