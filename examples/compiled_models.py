@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import fastact
-from fastact import _registry
+
+KERNELS = ("relu", "sigmoid", "tanh", "silu", "elu", "log_softmax")  # what is in the models below
 
 
 def cnn() -> nn.Module:
@@ -66,7 +67,7 @@ def main() -> None:
             if way != "torch.nn":
                 fastact.patch(model)
             compiled = torch.compile(model, fullgraph=True)
-            with fastact.compiler.opaque(*(_registry.rows if way == "kernels" else ())):
+            with fastact.compiler.opaque(*(KERNELS if way == "kernels" else ())):
                 step(compiled, x)
             ways.append(compiled)
         times: list[list[float]] = [[] for _ in ways]
