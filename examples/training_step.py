@@ -9,9 +9,8 @@ optimizer); the peak of the resident memory; and how much of it came with the tr
 """
 
 import argparse
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from digits_cnn import MODULES, NAMES, Trainee, load
 
 from fastact.bench.environment import Neighbours, environment
 from fastact.bench.processes import Worker, resident_bytes
+from fastact.bench.report import save
 
 WARM_UP = 2  # steps that also allocate memory and prepare the convolutions: not counted
 
@@ -129,8 +129,7 @@ def main() -> int:
     if args.json:
         about = environment("cpu", sys.argv[1:], "python examples/training_step.py") | {"scale": scale, "batch": args.batch}
         about["threads"] = args.threads
-        data = {"environment": about, "notes": notes, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(data, indent=1, default=str) + "\n")
+        save(args.json, environment=about, notes=notes, rows=rows)
     return 0
 
 

@@ -6,10 +6,9 @@ Forward without gradients, and forward and backward through autograd, with the g
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from fastact import channels
 from fastact.bench.cases import DTYPES
 from fastact.bench.environment import Neighbours, environment
+from fastact.bench.report import save
 from fastact.bench.timing import Call, CpuTimer, CudaTimer, Spread
 
 # Channels in dim 1.
@@ -104,8 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(["", *notes]))
     if args.json:
         about = environment(args.device, sys.argv[1:], "python -m fastact.bench.channels")
-        data = {"environment": about, "notes": notes, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(data, indent=1, default=str) + "\n")
+        save(args.json, environment=about, notes=notes, rows=rows)
     return 0
 
 

@@ -8,14 +8,12 @@ take turns.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +22,7 @@ from fastact.bench.cases import Case, Inputs, Sides, sides
 from fastact.bench.check import WrongResult, check
 from fastact.bench.environment import Neighbours, environment
 from fastact.bench.processes import Worker
-from fastact.bench.report import Report, duration
+from fastact.bench.report import Report, duration, save
 from fastact.bench.timing import CpuTimer, Spread
 
 # Whose call is timed, and the variables it is timed under; those that a setting does not name are not set.
@@ -120,20 +118,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no such directory: {options.json.parent}")
 
     torch.set_num_threads(options.threads)
-    data: dict[str, Any] = {"environment": environment("cpu", arguments, "python -m fastact.bench.memory"), "notes": []}
-    data["environment"]["transparent_hugepage"] = THP_MODE.read_text().strip() if THP_MODE.exists() else None
+    about = environment("cpu", arguments, "python -m fastact.bench.memory")
+    about["transparent_hugepage"] = THP_MODE.read_text().strip() if THP_MODE.exists() else None
     neighbours = Neighbours()
     try:
         rows = list(measure(options.sizes, options.rounds, options.threads))
     except WrongResult as wrong:
         print(f"wrong result, so no more is timed: {wrong}", file=sys.stderr)
         return 1
-    data["notes"] += neighbours.notes()
-    print(Report(data["environment"], []).title())
-    print(f"transparent huge pages: {data['environment']['transparent_hugepage']}\n")
-    print("\n".join([*table(rows), *data["notes"]]))
+    notes = neighbours.notes()
+    print(Report(about, []).title())
+    print(f"transparent huge pages: {about['transparent_hugepage']}\n")
+    print("\n".join([*table(rows), *notes]))
     if options.json:
-        options.json.write_text(json.dumps(data | {"rows": [asdict(row) for row in rows]}, indent=1, default=str) + "\n")
+        save(options.json, environment=about, notes=notes, rows=rows)
     return 0
 
 

@@ -8,13 +8,12 @@ monitors do. The three take turns.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 import fastact
 from fastact.bench.environment import Neighbours, environment
+from fastact.bench.report import save
 
 SIZES = (100_000, 1_000_000)
 OPS = ("relu", "sigmoid", "tanh")
@@ -146,8 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(["", *notes]))
     if args.json:
         about = environment("cpu", sys.argv[1:], "python -m fastact.bench.sight") | {"scale": scale, "threads": args.threads}
-        data = {"environment": about, "notes": notes, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(data, indent=1, default=str) + "\n")
+        save(args.json, environment=about, notes=notes, rows=rows)
     return 0
 
 
