@@ -154,13 +154,8 @@ TORCH_LIBRARY_IMPL(fastact, FuncTorchBatched, m) { register_channel_rows<Forward
 /// The handles of one kind of op for all rows that have as many parameters as P; looked up once.
 template <class Signature>
 const auto& channel_op(int row, int arity, const char* suffix) {
-  using Handle = c10::TypedOperatorHandle<Signature>;
-  static const auto handles = [&] {
-    std::vector<std::optional<Handle>> found(kChannelRowCount);
-    for (int r = 0; r < kChannelRowCount; ++r)
-      if (kChannelRows[r].arity() == arity) found[r] = find_op<Signature>(std::string(kChannelRows[r].name) + suffix);
-    return found;
-  }();
+  static const auto handles =
+      find_ops<Signature>(kChannelRows, suffix, [&](const ChannelRow& r) { return r.arity() == arity; });
   return *handles[row];
 }
 template <class... P>
