@@ -44,6 +44,15 @@ SEED = int(os.environ.get("FASTACT_TEST_SEED", random.SystemRandom().randrange(2
 BEST_ISA = _C.build_info()["isa"]
 ISAS = _C.build_info()["isa_levels"][: _C.build_info()["isa_levels"].index(BEST_ISA) + 1]
 
+# Of any number of dims, where dim 1 is that of the channels.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 1 else t,
+    "reversed": lambda t: t.permute([*range(t.dim())][::-1]).contiguous().permute([*range(t.dim())][::-1]),
+    "gaps": lambda t: torch.stack([t, t], -1)[..., 1],
+}
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
 # Set from the command line before any test file is imported; and how many threads a test compares, where that is its subject.
 DEVICE = "cpu"
 THREAD_COUNTS = [1, 2, 3]

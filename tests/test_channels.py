@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, THREAD_COUNTS, bits
+from conftest import DEVICE, LAYOUTS, THREAD_COUNTS, bits, each_layout
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,13 +35,6 @@ SHAPES = [
     *((), (1,), (7,), (5000,), (3, 1), (4, 3), (1, 40), (70, 17), (200, 3), (40, 513), (700, 5), (2, 0, 3), (0, 3)),
     *((2, 3, 5), (3, 40, 4), (2, 3, 31), (2, 3, 32), (2, 5, 7, 7), (3, 2, 50, 100), (2, 1, 6, 6)),
 ]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda t: t.contiguous(),
-    "channels last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 1 else t,
-    "reversed": lambda t: t.permute([*range(t.dim())][::-1]).contiguous().permute([*range(t.dim())][::-1]),
-    "gaps": lambda t: torch.stack([t, t], -1)[..., 1],
-}
-each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def op(name: str) -> Any:

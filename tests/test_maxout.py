@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import THREAD_COUNTS, bits
+from conftest import LAYOUTS, THREAD_COUNTS, bits, each_layout
 from torch import Tensor, nn
 
 import fastact
@@ -29,13 +29,6 @@ CASES = [
         ((2, 0, 3), 2, 1),
     ),
 ]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda t: t.contiguous(),
-    "channels last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 1 else t,
-    "reversed": lambda t: t.permute([*range(t.dim())][::-1]).contiguous().permute([*range(t.dim())][::-1]),
-    "gaps": lambda t: torch.stack([t, t], -1)[..., 1],
-}
-each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def reference(x: Tensor, pieces: int, dim: int = 1) -> Any:
