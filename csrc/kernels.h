@@ -48,9 +48,11 @@ using Backward = void (*)(const void* dy, const void* saved, void* dx, int64_t n
 struct SoftmaxShape {
   int64_t outer, length, inner;
 };
+/// 2 to this is the highest temperature, whose reciprocal is the lowest: both are normal numbers of every type computed in.
+constexpr int kTemperatureExponent = 126;
 /// What a row of softmax.h may be told besides; the backward looks at the temperature only.
 struct SoftmaxOptions {
-  double temperature = 1;    // from 2^-126 to 2^126, so that its reciprocal is a normal number of every type computed in
+  double temperature = 1;
   bool masked_zero = false;  // whether a row of -inf gives 0 rather than NaN
 };
 using SoftmaxForward = void (*)(const void* x, void* y, SoftmaxShape, SoftmaxOptions, int64_t begin, int64_t end);
@@ -117,6 +119,7 @@ using ChannelBackward = void (*)(const void* dy, const void* x, void* dx, const 
 /// From the sums of a parameter to its gradient. `totals`: space for a number per channel.
 using ChannelTotals = void (*)(const double* sums, double* totals, void* gradient, ChannelShape);
 
+constexpr int64_t kMostPieces = 255;  // what counts up to it fits into the byte per result that is saved
 /// A dense tensor whose channels are taken in groups of `pieces`: (outer, groups, pieces, inner) in memory order.
 struct MaxoutShape {
   int64_t outer, groups, pieces, inner;

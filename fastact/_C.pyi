@@ -5,6 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+MOST_PIECES: int
+TEMPERATURE_EXPONENT: int
+
 def make_function(
     name: str,
     reference: Callable[..., Any],

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastact import _C
 from fastact._registry import activation, checked_dim
 from fastact.channels import channel_scaled_sigmoid
 
@@ -346,8 +347,9 @@ def _check_softmax(temperature: float | Tensor, masked_rows: str) -> None:
         return
     if not isinstance(temperature, Real):
         raise TypeError(f"softmax(): argument 'temperature' (position 4) must be Number, not {type(temperature).__name__}")
-    if not 2.0**-126 <= temperature <= 2.0**126:
-        raise ValueError(f"softmax(): temperature must be a number from 2^-126 to 2^126, not {temperature}")
+    if not 2.0**-_C.TEMPERATURE_EXPONENT <= temperature <= 2.0**_C.TEMPERATURE_EXPONENT:
+        limits = f"from 2^-{_C.TEMPERATURE_EXPONENT} to 2^{_C.TEMPERATURE_EXPONENT}"
+        raise ValueError(f"softmax(): temperature must be a number {limits}, not {temperature}")
 
 
 def _divided(x: Tensor, temperature: float | Tensor) -> Tensor:

@@ -145,7 +145,6 @@ def channel_scaled_sigmoid(x: Tensor, scale: Tensor, slope: Tensor) -> Tensor:
 
 
 _direct_maxout = _C.make_direct("maxout")
-_MOST_PIECES = 255  # what counts up to it fits into the byte per result that is saved
 
 
 def _maxout_reference(x: Tensor, pieces: int, dim: int) -> Tensor:
@@ -178,7 +177,7 @@ def maxout(x: Tensor, pieces: int, dim: int = 1) -> Tensor:
     if not torch.compiler.is_compiling():
         if has_torch_function_unary(x):
             return handle_torch_function(maxout, (x,), x, pieces, dim)
-        known = type(x) is Tensor and type(pieces) is type(dim) is int and 0 < pieces <= _MOST_PIECES
+        known = type(x) is Tensor and type(pieces) is type(dim) is int and 0 < pieces <= _C.MOST_PIECES
         if known and x.size(dim) % pieces == 0 and (y := _direct_maxout(x, pieces, dim)) is not None:
             return y
     if not isinstance(x, Tensor):
@@ -187,7 +186,7 @@ def maxout(x: Tensor, pieces: int, dim: int = 1) -> Tensor:
     size = x.size(dim)
     if pieces < 1 or size % pieces != 0:
         raise ValueError(f"maxout(): pieces must be positive and divide size {size} of dim {dim}, but is {pieces}")
-    if torch.compiler.is_compiling() or pieces > _MOST_PIECES or not _has_kernel(x):
+    if torch.compiler.is_compiling() or pieces > _C.MOST_PIECES or not _has_kernel(x):
         return _maxout_reference(x, pieces, dim)
     return cast(Tensor, torch.ops.fastact.maxout.default(x, pieces, dim)[0])
 

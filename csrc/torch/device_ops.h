@@ -188,8 +188,8 @@ inline SoftmaxShape shape_of(const Tensor& x, int64_t dim) {
 }
 
 inline void check_options(const char* op, const SoftmaxOptions& o) {
-  TORCH_CHECK_VALUE(0x1p-126 <= o.temperature && o.temperature <= 0x1p126, "fastact::", op,
-                    ": temperature must be a number from 2^-126 to 2^126, not ", o.temperature);
+  TORCH_CHECK_VALUE(is_temperature(o.temperature), "fastact::", op, ": temperature must be a number from 2^-",
+                    kTemperatureExponent, " to 2^", kTemperatureExponent, ", not ", o.temperature);
 }
 
 template <class Device>

@@ -12,8 +12,6 @@
 
 namespace fastact {
 
-constexpr int64_t kMostPieces = 255;  // what counts up to it fits into a byte
-
 using MaxoutOp = std::tuple<Tensor, Tensor>(const Tensor&, int64_t, int64_t);
 using MaxoutBackwardOp = Tensor(const Tensor&, const Tensor&, int64_t, int64_t);
 

@@ -214,7 +214,7 @@ std::optional<SoftmaxOptions> softmax_options(const Function& f, PyObject** boun
   if (PyObject* temperature = bound[at]) {
     if (!PyNumber_Check(temperature)) bad_type(f, at, "Number", temperature);
     const std::optional<double> number = parameter(temperature, x);
-    if (!number || !(0x1p-126 <= *number && *number <= 0x1p126)) return {};
+    if (!number || !is_temperature(*number)) return {};
     options.temperature = *number;
   }
   if (PyObject* masked_rows = bound[at + 1]) {
@@ -623,6 +623,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("rows", &rows, "(name, functor, parameter names) of every elementwise activation.");
   m.def("rows_along_dim", &rows_along_dim, "(name, functor) of every activation along a dim: softmax and its relatives.");
   m.def("saves_input", &saves_input, "Whether backward wants the input rather than the output.");
+  m.attr("MOST_PIECES") = kMostPieces;
+  m.attr("TEMPERATURE_EXPONENT") = kTemperatureExponent;
   m.def("build_info", &build_info, "What is in use: instruction sets and threads.");
   m.def(
       "device_has_kernels", [](const std::string& device) { return device_has_kernels(c10::Device(device)); },

@@ -5,6 +5,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <string>
 #include <utility>
 
@@ -34,6 +35,11 @@ static constexpr SoftmaxRow kSoftmaxes[] = {FASTACT_SOFTMAXES(FASTACT_SOFTMAX_RO
 #undef FASTACT_SOFTMAX_ROW
 static constexpr int kSoftmaxCount = sizeof(kSoftmaxes) / sizeof(kSoftmaxes[0]);
 static_assert(kSoftmaxCount <= kMaxSoftmaxes, "raise kMaxSoftmaxes");
+
+inline bool is_temperature(double number) {
+  const double highest = std::ldexp(1.0, kTemperatureExponent);
+  return 1 / highest <= number && number <= highest;
+}
 
 /// Whether tensors of that dtype have kernels, on devices that have any.
 inline bool has_kernels(at::ScalarType dtype) {
