@@ -36,10 +36,10 @@ LOGS = ROOT / "build" / "matrix"
 HEAD = """# Python and torch
 
 What `make matrix` found: for each pair an environment, a build, and {tests}.
-On {machine}, CPU builds. `n/a` says why a pair could not be tried there.
+CPU builds. `n/a` says why a pair could not be tried there.
 
-| Python | torch | outcome | date |
-| --- | --- | --- | --- |
+| Python | torch | outcome | machine | date |
+| --- | --- | --- | --- | --- |
 """
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     os.environ |= {"FASTACT_CUDA": "0"}
     os.environ.pop("PYTHONPATH", None)
     bad = []
-    head = HEAD.format(tests=", ".join(f"`test_{name}.py`" for name in TESTS), machine=machine())
+    head = HEAD.format(tests=", ".join(f"`test_{name}.py`" for name in TESTS))
     with tempfile.TemporaryDirectory() as temporary:
         checkout = source(Path(temporary) / "checkout")
         for torch in arguments.torch:
@@ -114,7 +114,7 @@ def main() -> None:
                 folder = Path(temporary) / "environment"
                 line = outcome(python, torch, arguments.wheels, checkout, folder)
                 shutil.rmtree(folder, ignore_errors=True)
-                table = lines() | {(python, torch): f"| {' | '.join(line)} | {datetime.date.today()} |"}
+                table = lines() | {(python, torch): f"| {' | '.join(line)} | {machine()} | {datetime.date.today()} |"}
                 print(table[python, torch], flush=True)
                 if not re.fullmatch(r"n/a: .+|\d+ passed", line[2]):
                     bad.append(f"Python {python}, torch {torch}: {line[2]}; {LOGS}")
