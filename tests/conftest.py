@@ -207,6 +207,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         _C.use_isa(BEST_ISA)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_dynamo() -> None:
+    """What Dynamo has learnt in another file of code that both run, as that of torch.nn, is forgotten: what it gave up there it
+    would not try here."""
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
+
+
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     request.node.add_report_section("setup", "seed", f"FASTACT_TEST_SEED={SEED}")
