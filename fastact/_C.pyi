@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 MOST_PIECES: int
+SATURATED: float
 TEMPERATURE_EXPONENT: int
 
 def make_function(

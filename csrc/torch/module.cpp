@@ -624,6 +624,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rows_along_dim", &rows_along_dim, "(name, functor) of every activation along a dim: softmax and its relatives.");
   m.def("saves_input", &saves_input, "Whether backward wants the input rather than the output.");
   m.attr("MOST_PIECES") = kMostPieces;
+  m.attr("SATURATED") = watch::kSaturated;
   m.attr("TEMPERATURE_EXPONENT") = kTemperatureExponent;
   m.def("build_info", &build_info, "What is in use: instruction sets and threads.");
   m.def(

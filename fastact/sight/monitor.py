@@ -30,11 +30,11 @@ _BY_RANK = -(2**63)
 
 _TORCHS = tuple({getattr(nn, name) for name in nn.modules.activation.__all__} - {nn.MultiheadAttention})
 # Outputs from which on those are saturated that have no row, on both sides: where the derivative is 0, or (1 - |y|)^2 is below
-# 1 - 0.97^2 (csrc/torch/watch.h).
+# the share that saturates all others.
 _LEVELS: dict[type[nn.Module], Callable[[Any], tuple[float, float]]] = {
     nn.Hardtanh: lambda module: (module.min_val, module.max_val),
     nn.ReLU6: lambda module: (module.min_val, module.max_val),
-    nn.Softsign: lambda module: (-(1 - math.sqrt(1 - 0.97**2)), 1 - math.sqrt(1 - 0.97**2)),
+    nn.Softsign: lambda module: (math.sqrt(_C.SATURATED) - 1, 1 - math.sqrt(_C.SATURATED)),
 }
 # Made of several operators of autograd, of which the last one's gradient is not that of the input.
 _COMPOSED = (nn.Softsign, nn.Tanhshrink)
