@@ -25,9 +25,9 @@
 #include "autograd.h"
 #include "cpu.h"
 #include "cuda.h"
+#include "monitor.h"
 #include "pool.h"
 #include "rows.h"
-#include "watch.h"
 
 namespace py = pybind11;
 
@@ -343,23 +343,10 @@ py::object make_direct(const std::string& name, bool autocast) {
   return py::reinterpret_steal<py::object>(PyCFunction_New(&method, self.ptr()));
 }
 
-/// Of activations.h; `otherwise` for no row of it.
-int row_named(const std::string& name, int otherwise) {
-  for (int row = 0; row < kRowCount; ++row)
-    if (name == kRows[row].name) return row;
-  return otherwise;
-}
-
-int row_named(const std::string& name) {
-  const int row = row_named(name, Function::kNone);
-  return row != Function::kNone ? row : throw py::key_error("no activation named " + name);
-}
-
-/// Of softmax.h; -1 for no row of it.
-int softmax_named(const std::string& name) {
-  for (int row = 0; row < kSoftmaxCount; ++row)
-    if (name == kSoftmaxes[row].name) return row;
-  return -1;
+/// Of activations.h.
+int known_row(const std::string& name) {
+  const int row = row_named(name);
+  return row >= 0 ? row : throw py::key_error("no activation named " + name);
 }
 
 /// The arguments that a function must have: x, then those that its caller below looks at.
@@ -381,7 +368,7 @@ py::object make_function(const std::string& name, py::object reference, std::vec
                          std::vector<double> defaults, bool inplace, const std::string& doc, py::object warn) {
   const int softmax = softmax_named(name);
   const bool along_dim = softmax >= 0;
-  auto* f = new Function{along_dim ? softmax : row_named(name),
+  auto* f = new Function{along_dim ? softmax : known_row(name),
                          along_dim,
                          name,
                          doc,
@@ -391,7 +378,10 @@ py::object make_function(const std::string& name, py::object reference, std::vec
                          std::move(arguments),
                          std::move(defaults),
                          inplace};
-  if (inplace) f->other = row_named("result_" + name, f->row);
+  if (inplace) {
+    const int result = row_named("result_" + name);
+    f->other = result >= 0 ? result : f->row;
+  }
   if (!f->arguments.empty() && f->arguments.back() == "precise_grad") f->other = row_named("precise_" + name);
   if (f->arguments != expected_arguments(*f) || (!along_dim && int(f->defaults.size()) != kRows[f->row].arity()))
     throw py::value_error(name + ": the Python signature differs from the row's parameters");
@@ -423,7 +413,7 @@ py::list rows_along_dim() {
 }
 
 bool saves_input(const std::string& name, std::vector<double> parameters) {
-  const int row = row_named(name);
+  const int row = known_row(name);
   if (int(parameters.size()) != kRows[row].arity()) throw py::value_error("wrong number of parameters for " + name);
   parameters.resize(kMaxParameters);
   return kRows[row].saves_input(parameters.data());
@@ -463,154 +453,6 @@ size_t parallel_threads() {
   return seen.size();
 }
 
-// ---- Monitors --------------------------------------------------------------------------------------------------------------
-
-/// Where torch.nn's activation of that name and those parameters belongs: to the row it is the twin of, or to none.
-watch::Kind kind_of(const std::string& name, const std::vector<double>& parameters, std::optional<int64_t> dim) {
-  static std::mutex mutex;
-  static std::set<std::string> names;
-  const std::lock_guard<std::mutex> lock(mutex);
-  watch::Kind kind{names.insert(name).first->c_str()};
-  std::copy_n(parameters.begin(), std::min<size_t>(kMaxParameters, parameters.size()), kind.parameters);
-  const int softmax = softmax_named(name);
-  if (dim) {
-    kind.along_dim = true;
-    kind.dim = *dim;
-    kind.logarithms = softmax >= 0 && kSoftmaxes[softmax].logarithms;
-  } else {
-    for (int row = 0; row < kRowCount; ++row)
-      if (name == kRows[row].name && int(parameters.size()) == kRows[row].arity()) kind.row = row;
-  }
-  return kind;
-}
-
-py::object wrap(const Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
-
-py::dict describe(const watch::Layer& l) {
-  py::dict d;
-  d["scope"] = l.scope;
-  d["position"] = l.position;
-  d["kind"] = l.kind.name;
-  std::vector<double> parameters;
-  if (l.kind.row >= 0) parameters.assign(l.kind.parameters, l.kind.parameters + kRows[l.kind.row].arity());
-  d["parameters"] = parameters;
-  d["device"] = l.device.str();
-  d["chunk"] = l.chunk;
-  d["offset"] = l.offset;
-  d["units"] = l.units;
-  d["unit_dim"] = l.unit_dim;
-  d["length"] = l.length;
-  d["sizes"] = std::vector<int64_t>(l.sizes, l.sizes + kSides);
-  d["levels"] = py::make_tuple(l.levels.low, l.levels.high);
-  d["histograms"] = wrap(l.histograms);
-  d["carried"] = l.carried.defined() ? wrap(l.carried) : py::none();
-  return d;
-}
-
-/// A module of the watched model, as its hooks know it. `activation`: it is one itself, so that an output that no kernel of
-/// ours has made is looked at too.
-struct Place {
-  std::shared_ptr<watch::Monitor> monitor;
-  int64_t scope;
-  bool activation;
-};
-
-const Place& place_of(PyObject* capsule) { return *static_cast<Place*>(PyCapsule_GetPointer(capsule, nullptr)); }
-
-PyObject* enter(PyObject* self, PyObject* training) {
-  HANDLE_TH_ERRORS
-  const Place& place = place_of(self);
-  return PyBool_FromLong(place.monitor->enter(place.scope, training == Py_True));
-  END_HANDLE_TH_ERRORS
-}
-
-PyObject* leave(PyObject* self, PyObject*) {
-  HANDLE_TH_ERRORS
-  const Place& place = place_of(self);
-  return PyBool_FromLong(place.monitor->leave(place.scope) == 0 && place.activation);
-  END_HANDLE_TH_ERRORS
-}
-
-/// The scope of a new place, and what its hooks call: enter(training), which says whether it has entered, and leave(), which
-/// says whether the output is theirs to look at.
-/// Built-in functions, since every forward calls both.
-py::tuple add_place(const std::shared_ptr<watch::Monitor>& monitor, int64_t unit_dim, bool activation) {
-  static PyMethodDef methods[] = {{"enter", enter, METH_O, nullptr}, {"leave", leave, METH_NOARGS, nullptr}};
-  const int64_t scope = monitor->add_scope(unit_dim);
-  const py::capsule place(new Place{monitor, scope, activation}, [](void* p) { delete static_cast<Place*>(p); });
-  const auto function = [&](PyMethodDef& method) {
-    return py::reinterpret_steal<py::object>(PyCFunction_New(&method, place.ptr()));
-  };
-  return py::make_tuple(scope, function(methods[0]), function(methods[1]));
-}
-
-void define_monitor(py::module_& m) {
-  using watch::Layer;
-  using watch::Monitor;
-  py::class_<Layer, std::shared_ptr<Layer>>(m, "Layer").def("look", [](Layer& layer, int side, py::handle x) {
-    watch::look(layer, side, THPVariable_Unpack(x.ptr()));
-  });
-  py::class_<Monitor, std::shared_ptr<Monitor>>(m, "Monitor", "What the kernels count for one monitor of fastact.sight.")
-      .def(py::init<int64_t>(), py::arg("sample"))
-      .def("start", &Monitor::start)
-      .def("close", &Monitor::close)
-      .def("add_place", &add_place)
-      .def("output",
-           [](Monitor& monitor, int64_t scope, const std::string& name, const std::vector<double>& parameters,
-              std::optional<int64_t> dim, std::pair<double, double> levels, py::handle y) {
-             watch::Kind kind = kind_of(name, parameters, dim);
-             kind.levels = {levels.first, levels.second};
-             return monitor.output(scope, kind, THPVariable_Unpack(y.ptr()));
-           })
-      .def_property(
-          "running", [](const Monitor& monitor) { return monitor.running.load(); },
-          [](Monitor& monitor, bool is) { monitor.running = is; })
-      .def_property(
-          "recording", [](const Monitor& monitor) { return monitor.recording.load(); },
-          [](Monitor& monitor, bool is) { monitor.recording = is; })
-      .def_property(
-          "training", [](const Monitor& monitor) { return monitor.training.load(); },
-          [](Monitor& monitor, bool is) { monitor.training = is; })
-      .def_property(
-          "calls", [](const Monitor& monitor) { return monitor.calls.load(); },
-          [](Monitor& monitor, int number) { monitor.calls = number; })
-      .def_property_readonly("gradients", [](const Monitor& monitor) { return monitor.gradients.load(); })
-      .def(
-          "maker_of",
-          [](const Monitor& monitor, py::handle y) -> int64_t {
-            const Tensor& t = THPVariable_Unpack(y.ptr());
-            return t.numel() > 0 && t.has_storage() && t.const_data_ptr() == monitor.last_output ? monitor.last_layer.load()
-                                                                                                 : -1;
-          },
-          "The layer whose output this is, if it is the last one that was looked at; else -1.")
-      .def("layers",
-           [](Monitor& monitor) {
-             const std::lock_guard<std::mutex> lock(monitor.mutex);
-             py::list list;
-             for (const auto& layer : monitor.layers) list.append(describe(*layer));
-             return list;
-           })
-      .def(
-          "take",
-          [](Monitor& monitor) {
-            const std::lock_guard<std::mutex> lock(monitor.mutex);
-            py::list list;
-            for (const auto& [device, chunks] : monitor.chunks)
-              for (size_t k = 0; k < chunks.size(); ++k) {
-                const auto& [counters, used] = chunks[k];
-                if (!counters.is_cpu()) {
-                  list.append(py::make_tuple(device, k, wrap(watch::to_host(chunks[k]))));
-                  continue;
-                }
-                auto* const bytes = static_cast<char*>(counters.mutable_data_ptr());
-                list.append(py::make_tuple(device, k, py::bytes(bytes, size_t(used))));
-                memset(bytes, 0, size_t(used));
-              }
-            return list;
-          },
-          "The counters, which are then 0: those on the CPU as bytes, others as tensors on their way to the host.");
-}
-
 }  // namespace
 }  // namespace fastact
 
@@ -624,7 +466,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("rows_along_dim", &rows_along_dim, "(name, functor) of every activation along a dim: softmax and its relatives.");
   m.def("saves_input", &saves_input, "Whether backward wants the input rather than the output.");
   m.attr("MOST_PIECES") = kMostPieces;
-  m.attr("SATURATED") = watch::kSaturated;
   m.attr("TEMPERATURE_EXPONENT") = kTemperatureExponent;
   m.def("build_info", &build_info, "What is in use: instruction sets and threads.");
   m.def(
@@ -636,6 +477,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("pool_limit", &pool::set_limit, py::call_guard<py::gil_scoped_release>());
   m.def("pool_empty_cache", &pool::empty_cache, py::call_guard<py::gil_scoped_release>());
   define_monitor(m);
-  m.def("monitors", [] { return watch::monitors.load(); }, "How many are open.");
   m.def("parallel_threads", &parallel_threads, py::call_guard<py::gil_scoped_release>());
 }

@@ -41,6 +41,18 @@ inline bool is_temperature(double number) {
   return 1 / highest <= number && number <= highest;
 }
 
+/// Of that name; -1 for none.
+inline int row_named(const std::string& name) {
+  for (int row = 0; row < kRowCount; ++row)
+    if (name == kRows[row].name) return row;
+  return -1;
+}
+inline int softmax_named(const std::string& name) {
+  for (int row = 0; row < kSoftmaxCount; ++row)
+    if (name == kSoftmaxes[row].name) return row;
+  return -1;
+}
+
 /// Whether tensors of that dtype have kernels, on devices that have any.
 inline bool has_kernels(at::ScalarType dtype) {
   return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
