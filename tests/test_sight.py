@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import THREAD_COUNTS, module_class, parameter_sets
 from test_sight_report import counters
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint
 
 import fastact
-from fastact import _C, _registry
+from fastact import _C, _registry, modules
 from fastact._registry import Row
 from fastact.sight.history import History, Layer, Side
 
@@ -497,6 +498,46 @@ def test_copies_and_files_while_watching() -> None:
     assert counts[0] == 3 * 2 * 5 * 16
 
 
+def test_shallow_copies_count_for_their_original() -> None:
+    """As DataParallel makes them."""
+    model = fastact.LeakyReLU(0.1)
+    with fastact.monitor(model, sample=None) as watch:
+        for module in (model, copy.copy(model), model._replicate_for_data_parallel()):  # type: ignore[operator]
+            module.negative_slope = 0.5  # each its own
+            assert module(-torch.ones(3)).tolist() == [-0.5] * 3
+            module.negative_slope = 0.1
+    assert only(watch.history()).output.count.sum() == 9
+
+
+class Twice(fastact.Tanh):
+    """Calls the function, where the class above would."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return fastact.tanh(fastact.tanh(input))
+
+
+class Shifted(fastact.Tanh):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input + 1)
+
+
+def test_modules_with_a_forward_of_their_own() -> None:
+    own = fastact.Tanh()
+    own.forward = lambda input: fastact.tanh(input)  # type: ignore[method-assign, assignment]
+    model = nn.Sequential(Twice(), Shifted(), own, fastact.Tanh())
+    history = watched(model, lambda: model(torch.ones(3)))
+    assert [layer.name for layer in history.layers] == ["0", "0#2", "1", "2", "3"]
+    assert [layer.output.count.tolist() for layer in history.layers] == [[3]] * 5
+
+
+def test_a_forward_called_by_itself() -> None:
+    """Without the hooks of a call."""
+    model = fastact.Tanh()
+    with fastact.monitor(model) as watch:
+        model.forward(torch.ones(3))
+    assert only(watch.history()).output.count.tolist() == [3]
+
+
 # ---- Steps -----------------------------------------------------------------------------------------------------------------
 
 
@@ -698,8 +739,10 @@ def test_many_steps_are_taken_in() -> None:
 
 
 def hooks(model: nn.Module) -> int:
+    """On the model and on optimizers, and the classes of ours whose forward is another while a monitor is open."""
     ours = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    return ours + len(_global_optimizer_post_hooks)
+    classes = sum(hasattr(cls.forward, "__wrapped__") for cls in modules.classes)
+    return ours + len(_global_optimizer_post_hooks) + classes
 
 
 def test_a_model_that_holds_its_monitor() -> None:
@@ -734,6 +777,7 @@ def test_nothing_is_left_behind() -> None:
     net(torch.ones(5, 8))
     assert watch.history().layers[0].output.count.tolist() == counts
     assert not _C.monitors()
+    assert not [cls for cls in modules.classes if hasattr(cls.forward, "__wrapped__")]
 
 
 @pytest.mark.parametrize("activation", [fastact.Tanh, nn.Tanh])
@@ -848,6 +892,20 @@ def test_compiled_models() -> None:
     with fastact.monitor(compiled) as watch:
         compiled(x)
     assert {why for _, why in watch.history().unseen} == {"runs in code that torch.compile made"}
+
+
+@pytest.mark.cpu_only("torch.compile is the CPU's here")
+def test_compiled_code_of_others_stays() -> None:
+    counter = torch._dynamo.testing.CompileCounter()
+    net = torch.compile(nn.Sequential(nn.Linear(8, 8), fastact.Tanh()), backend=counter, fullgraph=True)
+    x = torch.ones(3, 8)
+    expected = net(x)
+    for _ in range(2):
+        with fastact.monitor(fastact.Tanh()) as watch:
+            assert torch.equal(net(x), expected)
+        assert not watch.history().layers
+        assert torch.equal(net(x), expected)
+    assert counter.frame_count == 1
 
 
 # ---- Arguments -------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // Monitors as Python has them: the counters, and which module is at work.
 #include "monitor.h"
 
+#include <c10/util/SmallVector.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -10,6 +11,7 @@
 #include <mutex>
 #include <optional>
 #include <set>
+#include <unordered_map>
 
 #include "rows.h"
 #include "watch.h"
@@ -63,41 +65,118 @@ py::dict describe(const watch::Layer& l) {
   return d;
 }
 
-/// A module of the watched model, as its hooks know it. `activation`: it is one itself, so that an output that no kernel of
-/// ours has made is looked at too.
+/// A module of a watched model. `activation`: it is one itself, so that an output that no kernel of ours has made is looked at
+/// too.
 struct Place {
   std::shared_ptr<watch::Monitor> monitor;
   int64_t scope;
   bool activation;
+  // Of a module that announces itself: called with it and its output, before the place is entered where a step of the other
+  // mode has to end, and where the output is still to be looked at.
+  py::object switched = {}, left = {};
+
+  bool enter(bool training) const { return monitor->enter(scope, training); }
+  /// Whether an output of the module is still to be looked at.
+  bool leave() const { return monitor->leave(scope) == 0 && activation; }
 };
+
+// ---- Modules that have hooks -----------------------------------------------------------------------------------------------
 
 const Place& place_of(PyObject* capsule) { return *static_cast<Place*>(PyCapsule_GetPointer(capsule, nullptr)); }
 
 PyObject* enter(PyObject* self, PyObject* training) {
   HANDLE_TH_ERRORS
-  const Place& place = place_of(self);
-  return PyBool_FromLong(place.monitor->enter(place.scope, training == Py_True));
+  return PyBool_FromLong(place_of(self).enter(training == Py_True));
   END_HANDLE_TH_ERRORS
 }
 
 PyObject* leave(PyObject* self, PyObject*) {
   HANDLE_TH_ERRORS
-  const Place& place = place_of(self);
-  return PyBool_FromLong(place.monitor->leave(place.scope) == 0 && place.activation);
+  return PyBool_FromLong(place_of(self).leave());
   END_HANDLE_TH_ERRORS
 }
 
-/// The scope of a new place, and what its hooks call: enter(training), which says whether it has entered, and leave(), which
-/// says whether the output is theirs to look at.
-/// Built-in functions, since every forward calls both.
-py::tuple add_place(const std::shared_ptr<watch::Monitor>& monitor, int64_t unit_dim, bool activation) {
+/// What the hooks of a module call: enter(training), which says whether it has entered, and leave(), which says whether the
+/// output is theirs to look at. Built-in functions, since every forward calls both.
+py::tuple hooks_of(const std::shared_ptr<watch::Monitor>& monitor, int64_t scope, bool activation) {
   static PyMethodDef methods[] = {{"enter", enter, METH_O, nullptr}, {"leave", leave, METH_NOARGS, nullptr}};
-  const int64_t scope = monitor->add_scope(unit_dim);
   const py::capsule place(new Place{monitor, scope, activation}, [](void* p) { delete static_cast<Place*>(p); });
   const auto function = [&](PyMethodDef& method) {
     return py::reinterpret_steal<py::object>(PyCFunction_New(&method, place.ptr()));
   };
-  return py::make_tuple(scope, function(methods[0]), function(methods[1]));
+  return py::make_tuple(function(methods[0]), function(methods[1]));
+}
+
+// ---- Modules that announce themselves --------------------------------------------------------------------------------------
+
+using Places = c10::SmallVector<std::shared_ptr<const Place>, 1>;
+
+/// By the dict of a module's forward hooks: what is a shallow copy of the module, such as a replica of DataParallel, has the
+/// same, and no deep copy has.
+struct Announced {
+  py::object alive;  // a weak reference to that dict
+  Places places;
+};
+using AllAnnounced = std::unordered_map<PyObject*, Announced>;
+AllAnnounced& announced() {
+  static auto* const all = new AllAnnounced;  // it outlives the interpreter
+  return *all;
+}
+
+py::object attribute(PyObject* object, PyObject* name) {
+  py::object value = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
+  if (!value) throw python_error();
+  return value;
+}
+py::object key_of(PyObject* module) {
+  static PyObject* const name = PyUnicode_InternFromString("_forward_hooks");
+  return attribute(module, name);
+}
+
+void announce(const std::shared_ptr<watch::Monitor>& monitor, int64_t scope, bool activation, py::handle module,
+              py::object switched, py::object left) {
+  const py::object key = key_of(module.ptr());
+  Announced& entry = announced()[key.ptr()];
+  if (!entry.alive || PyWeakref_GetObject(entry.alive.ptr()) != key.ptr()) entry = {py::weakref(key), {}};
+  entry.places.push_back(
+      std::make_shared<const Place>(Place{monitor, scope, activation, std::move(switched), std::move(left)}));
+}
+
+/// Those of a monitor are forgotten.
+void forget(const std::shared_ptr<watch::Monitor>& monitor) {
+  std::vector<std::shared_ptr<const Place>> gone;  // whose Python objects may run code when they go
+  for (auto entry = announced().begin(); entry != announced().end();) {
+    Places kept;
+    for (auto& place : entry->second.places) {
+      if (place->monitor == monitor)
+        gone.push_back(std::move(place));
+      else
+        kept.push_back(std::move(place));
+    }
+    entry->second.places = std::move(kept);
+    entry = entry->second.places.empty() ? announced().erase(entry) : std::next(entry);
+  }
+}
+
+/// at_work(forward, module, input): the result of forward(module, input), in the module's places.
+PyObject* at_work(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  static PyObject* const name = PyUnicode_InternFromString("training");
+  PyObject* const module = args[1];
+  const py::object key = key_of(module);
+  const auto entry = announced().find(key.ptr());
+  Places places;
+  if (entry != announced().end() && PyWeakref_GetObject(entry->second.alive.ptr()) == key.ptr()) places = entry->second.places;
+  if (!places.empty()) {
+    const bool training = attribute(module, name).ptr() == Py_True;
+    for (const auto& place : places)
+      if (!place->enter(training)) place->switched(py::handle(module), py::none());
+  }
+  const py::object y = py::reinterpret_steal<py::object>(PyObject_Vectorcall(args[0], args + 1, 2, nullptr));
+  for (auto place = places.rbegin(); place != places.rend(); ++place)
+    if ((*place)->leave() && y) (*place)->left(py::handle(module), py::none(), y);
+  return y ? Py_NewRef(y.ptr()) : nullptr;
+  END_HANDLE_TH_ERRORS
 }
 
 }  // namespace
@@ -112,7 +191,11 @@ void define_monitor(py::module_& m) {
       .def(py::init<int64_t>(), py::arg("sample"))
       .def("start", &Monitor::start)
       .def("close", &Monitor::close)
-      .def("add_place", &add_place)
+      .def("add_scope", &Monitor::add_scope)
+      .def("enter", &Monitor::enter)
+      .def("hooks", &hooks_of, "enter(training) and leave() of a module of that scope, for its hooks.")
+      .def("announce", &announce, "Counts what at_work() is told of the module for that scope.")
+      .def("forget", &forget)
       .def("output",
            [](Monitor& monitor, int64_t scope, const std::string& name, const std::vector<double>& parameters,
               std::optional<int64_t> dim, std::pair<double, double> levels, py::handle y) {
@@ -167,6 +250,9 @@ void define_monitor(py::module_& m) {
             return list;
           },
           "The counters, which are then 0: those on the CPU as bytes, others as tensors on their way to the host.");
+  static PyMethodDef method = {"at_work", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(at_work)), METH_FASTCALL,
+                               "at_work(forward, module, input): forward(module, input), counted for the module."};
+  m.attr("at_work") = py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr));
   m.def("monitors", [] { return watch::monitors.load(); }, "How many are open.");
   m.attr("SATURATED") = watch::kSaturated;
 }

@@ -1,17 +1,19 @@
 """`fastact.monitor`: counts made by the kernels while a model runs, without a synchronisation in the step.
 
-The kernels of fastact's activations look at their own results (csrc/torch/watch.h); what other activation modules compute is
-looked at by the same kernels, called from hooks. The counters of all layers lie together on each device, and go to the host
+The kernels of fastact's activations look at their own results (csrc/torch/watch.h), and our modules say which of them is at
+work; what other activation modules compute is looked at by the same kernels, called from hooks. The counters of all layers lie together on each device, and go to the host
 once a step, asynchronously. docs/sight.md says what they mean.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -109,15 +111,15 @@ class _Hook:
         return _no_hook, ()
 
 
-# Every activation calls the next two, so that they do no more in Python than they must.
+# Called with every forward, so that they do no more in Python than they must.
 _compiling = torch.compiler.is_dynamo_compiling
 
 
 class _Enter(_Hook):
     """Calls on where it is not entered, since a step in the other mode has to end first."""
 
-    def __init__(self, enter: Callable[[bool], bool], watch: Watch) -> None:
-        super().__init__(watch, Watch._switched, enter)
+    def __init__(self, enter: Callable[[bool], bool], *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._enter = enter
 
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
@@ -135,6 +137,50 @@ class _Leave(_Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
         if not _compiling() and self._leave():
             super().__call__(module, args, output)
+
+
+# Modules of ours need no hooks, with which torch takes a longer way to every forward: while a monitor is open, the forward of
+# their classes announces which module is at work.
+
+
+def _announcing(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def announced(self: nn.Module, input: Tensor) -> Tensor:
+        return forward(self, input) if _compiling() else _C.at_work(forward, self, input)
+
+    return announced
+
+
+class _Announcing:
+    """Held by a monitor that is open; it forgets its modules when it is removed."""
+
+    plain: ClassVar = {cls: vars(cls)["forward"] for cls in modules.classes}
+    announcing: ClassVar = {cls: _announcing(forward) for cls, forward in plain.items()}
+    held: ClassVar = 0
+    lock: ClassVar = threading.RLock()  # which the end of a forgotten monitor may come into
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self._hold(1)
+
+    def remove(self) -> None:
+        self._core.forget()
+        self._hold(-1)
+
+    @classmethod
+    def _hold(cls, more: int) -> None:
+        with cls.lock:
+            cls.held += more
+            before, after = (cls.plain, cls.announcing) if cls.held else (cls.announcing, cls.plain)
+            for owner, forward in after.items():
+                if vars(owner)["forward"] is before[owner]:
+                    owner.forward = forward
+
+
+def _announces(module: nn.Module) -> bool:
+    """Whether calls end in a forward of ours, rather than in one that a subclass or an object has instead."""
+    forward = type(module).forward
+    return "forward" not in vars(module) and any(vars(cls)["forward"] is forward for cls in modules.classes)
 
 
 class Watch:
@@ -185,6 +231,7 @@ class Watch:
             paths.setdefault(module, []).append(path)
         if isinstance(unit_dim, Mapping) and (wrong := set(unit_dim) - {p for names in paths.values() for p in names}):
             raise ValueError(f"monitor(): unit_dim names no module of the model: {sorted(wrong)}")
+        self._handles.append(_Announcing(self._core))
         self._handles.append(model.register_forward_pre_hook(_Hook(self, Watch._called)))
         # After the hooks of the model's own activations, should it be one itself.
         returned = _Hook(self, Watch._returned)
@@ -197,10 +244,7 @@ class Watch:
                 dim = 1 if isinstance(before, _CHANNELS) else _BY_RANK
                 if unit_dim is not None:
                     dim = unit_dim.get(path, dim) if isinstance(unit_dim, Mapping) else unit_dim
-                scope, enter, leave = self._core.add_place(dim, ours or torchs)
-                hook = _Leave(leave, self, Watch._look_at_output, scope)
-                self._handles.append(module.register_forward_pre_hook(_Enter(enter, self)))
-                self._handles.append(module.register_forward_hook(hook, always_call=True))
+                self._add(module, self._core.add_scope(dim), ours or torchs)
             if leaf:
                 before = module
 
@@ -215,6 +259,17 @@ class Watch:
 
         self._handles.append(register_optimizer_step_post_hook(stepped))
 
+    def _add(self, module: nn.Module, scope: int, activation: bool) -> None:
+        """Tells the kernels when the module is at work."""
+        if _announces(module):
+            switched, left = _Hook(self, Watch._switched, scope), _Hook(self, Watch._look_at_output, scope)
+            self._core.announce(scope, activation, module, switched, left)
+        else:
+            enter, leave = self._core.hooks(scope, activation)
+            self._handles.append(module.register_forward_pre_hook(_Enter(enter, self, Watch._switched, scope)))
+            hook = _Leave(leave, self, Watch._look_at_output, scope)
+            self._handles.append(module.register_forward_hook(hook, always_call=True))
+
     def _called(self, module: nn.Module, output: Any) -> None:
         in_backward = torch._C._current_graph_task_id() != -1  # a checkpoint calls once more, for the same step
         if self._core.running and not in_backward and (not module.training or not self._core.training or self._trained()):
@@ -226,9 +281,9 @@ class Watch:
             self._versions = self._versions_now()
         self._core.training, self._core.running = module.training, True
 
-    def _switched(self, module: nn.Module, output: Any, enter: Callable[[bool], bool]) -> None:
+    def _switched(self, module: nn.Module, output: Any, scope: int) -> None:
         self.step()
-        enter(module.training)
+        self._core.enter(scope, module.training)
 
     def _trained(self) -> bool:
         """Whether what comes is a new step, where no optimizer says so: after a backward, parameters have been changed or new
