@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,18 +102,18 @@ def alone(activation: Callable[[], nn.Module], elements: int, calls: int) -> Cal
 def measure(what: str, make: Callable[[], nn.Module], rounds: int, calls: int = 1) -> Row:
     """Seconds per call, of so many in one call of the model."""
     seconds: dict[str, list[float]] = {PLAIN: [], MONITOR: [], HOOK: []}
-    with ExitStack() as stack:
-        models = {name: make() for name in seconds}
-        stack.enter_context(fastact.monitor(models[MONITOR]))
-        for module in models[HOOK].modules():
-            if isinstance(module, fastact.ReLU | fastact.Sigmoid | fastact.Tanh):
-                module.register_forward_hook(three_figures)
-        for turn in range(rounds + 1):
-            for name in list(seconds)[:: 1 if turn % 2 else -1]:
+    models = {name: make() for name in seconds}
+    for module in models[HOOK].modules():
+        if isinstance(module, fastact.ReLU | fastact.Sigmoid | fastact.Tanh):
+            module.register_forward_hook(three_figures)
+    for turn in range(rounds):
+        for name in list(seconds)[:: 1 if turn % 2 else -1]:
+            # Where others take their turn, none is open.
+            with fastact.monitor(models[name]) if name == MONITOR else nullcontext():
+                models[name]()  # prepares
                 begin = time.perf_counter()
                 models[name]()
-                if turn > 0:  # the first prepares
-                    seconds[name].append((time.perf_counter() - begin) / calls)
+                seconds[name].append((time.perf_counter() - begin) / calls)
     return Row(what, seconds)
 
 

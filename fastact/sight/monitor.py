@@ -1,8 +1,8 @@
 """`fastact.monitor`: counts made by the kernels while a model runs, without a synchronisation in the step.
 
 The kernels of fastact's activations look at their own results (csrc/torch/watch.h), and our modules say which of them is at
-work; what other activation modules compute is looked at by the same kernels, called from hooks. The counters of all layers lie together on each device, and go to the host
-once a step, asynchronously. docs/sight.md says what they mean.
+work; what other activation modules compute is looked at by the same kernels, called from hooks. The counters of all layers lie
+together on each device, and go to the host once a step, asynchronously. docs/sight.md says what they mean.
 """
 
 from __future__ import annotations
