@@ -30,9 +30,8 @@ VANISHED_BELOW_OUTPUT = 1e-2
 # learning rate suits both ends.
 EXPLODED = 1e3
 
-# Of the units seen. A few that never fire are found in most networks: with He initialisation, plain stacks of ReLU, 64 wide,
-# start with fewer than this up to a depth of 5. Of 400 random ones of depth 6, six had more, and of depth 8 a third, since the
-# inputs of deep layers become alike: a trouble too.
+# Of the units seen. A few that never fire are found in most networks of ReLU, and more of them the deeper the layer, whose inputs
+# become alike: plain stacks of six layers and more may begin with so many, which is a trouble too.
 DEAD = 0.1
 
 # Before a unit is called dead: elements looked at. One that is active once in a hundred is missed with probability
