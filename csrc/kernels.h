@@ -135,23 +135,45 @@ static constexpr int64_t maxout_units(MaxoutShape s) {
   return groups * ((s.inner + kMaxoutPart - 1) / kMaxoutPart);
 }
 
-/// Which elements of a dense tensor a monitor looks at, in memory order, and what it wants to know of them: `runs` runs of kRun
-/// neighbours, the last of which may be shorter.
+/// Which elements of a dense tensor a monitor looks at, in memory order, and what it wants to know of them. The tensor is cut
+/// into blocks of kRun neighbours, the last of which may be shorter; a run is one of them.
 struct Look {
-  static constexpr int64_t kRun = 64, kThinned = 4;
-  int64_t n;                     // elements of the tensor
-  int64_t runs, spacing, phase;  // all of them where spacing is kRun
-  int64_t thinned;               // one run of so many goes into the histogram; 0: none
-  double low, high;              // saturated are those up to `low`, and from `high`; NaN: none
-  int64_t units, inner;          // element i belongs to unit i / inner % units; no units: 0
-  bool gathered;                 // what is looked at is a copy of the runs, one behind the other, kRun elements apart
+  static constexpr int64_t kRun = 64;
+  int64_t n;             // elements of the tensor
+  int64_t runs;          // to be looked at, in the order of their blocks
+  uint64_t spacing;      // blocks from one run to the next, in units of 2^-32; kDense: all are
+  int64_t phase;         // counts the calls
+  double low, high;      // saturated are those up to `low`, and from `high`; NaN: none
+  int64_t units, inner;  // element i belongs to unit i / inner % units; no units: 0
+  bool shown;            // in the histogram
+  static constexpr uint64_t kDense = uint64_t(1) << 32;
 
-  /// Of n elements all, or about `sample` of them where that is above 0 and below n; `phase` counts the calls.
-  static constexpr Look at(int64_t n, int64_t sample, int64_t phase) {
-    const int64_t runs = sample / kRun > 0 ? sample / kRun : 1;
-    if (sample > 0 && sample < n && n / runs >= kRun) return {n, runs, n / runs, phase, kThinned, 0, 0, 0, 0, false};
-    return {n, (n + kRun - 1) / kRun, kRun, 0, 1, 0, 0, 0, 0, false};
+  // Instead of a number of elements: all, and as many as cost a twentieth of what the activation itself costs in the cache. To
+  // look at an element takes as long as to compute ten.
+  static constexpr int64_t kAll = 0, kAuto = -1;
+  static constexpr int64_t sample_of(int64_t sample, int64_t n) {
+    if (sample != kAuto) return sample == kAll ? n : sample;
+    return n < 512 * 256 ? 512 : n < 2048 * 256 ? n / 256 : 2048;
   }
+
+  /// Of n elements all, or about `sample` of them where that is below n.
+  static constexpr Look at(int64_t n, int64_t sample, int64_t phase) {
+    sample = sample_of(sample, n);
+    const int64_t blocks = (n + kRun - 1) / kRun, runs = sample / kRun > 0 ? sample / kRun : 1;
+    if (n <= sample || runs >= blocks) return {n, blocks, kDense, 0, 0, 0, 0, 1, true};
+    return {n, runs, uint64_t(((unsigned __int128)(blocks) << 32) / uint64_t(runs)), phase, 0, 0, 0, 1, true};
+  }
+};
+
+/// What one run is like: a line of a cache, so that one thread can write it for another.
+struct alignas(64) Glimpse {
+  double total, squares, largest, smallest;  // of the finite elements
+  uint64_t active, shown;                    // bit k: element k is not 0, and is finite too
+  uint8_t length, low, high, nan, infinite;  // counts
+};
+/// The bins of its elements, of those that `shown` has.
+struct Bins {
+  uint16_t at[Look::kRun];
 };
 
 /// Counters of magnitudes for either sign: [2][kBins], the negative ones last. An octave holds those above 2^k and up to
@@ -188,9 +210,13 @@ struct RowLook {
   double scale;     // 1 / log(length); 0 where length is 1
 };
 
-/// Adds runs in [begin, end), at most 2^20 of them, to a tally and a histogram. `units`: a byte each, 1 where one of its
-/// elements was looked at, then as many, 1 where one of these was not 0.
-using LookKernel = void (*)(const void* x, Look, int64_t begin, int64_t end, Tally*, Histogram*, uint8_t* units);
+/// Looks at those runs that begin among elements [begin, end) of x. What is found of run j is written to glimpses[j - first]
+/// and, where all is shown, to bins[j - first].
+using LookKernel = void (*)(const void* x, const Look&, int64_t begin, int64_t end, int64_t first, Glimpse*, Bins*);
+/// Adds up what was found of runs [first, end). `units`: a byte each, 1 where one of its elements was looked at, then as many,
+/// 1 where one of these was not 0.
+using GatherKernel = void (*)(const Look&, int64_t first, int64_t end, const Glimpse*, const Bins*, Tally*, Histogram*,
+                              uint8_t* units);
 using RowLookKernel = void (*)(const void* y, RowLook, RowTally*);
 
 constexpr int kMaxRows = 32, kMaxSoftmaxes = 4, kMaxChannelRows = 8;
@@ -208,6 +234,7 @@ struct Kernels {
   MaxoutForward maxout_forward[kDTypes];
   MaxoutBackward maxout_backward[kDTypes];
   LookKernel look[kDTypes];
+  GatherKernel gather;
   RowLookKernel look_at_rows[kDTypes];
 };
 

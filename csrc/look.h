@@ -9,16 +9,18 @@ namespace fastact {
 namespace FASTACT_NAMESPACE {
 namespace {
 
-/// One of the first n numbers for call `phase` and run j of it: the additive sequence whose steps are the powers of 1 / 1.3247,
-/// the plastic number, in 32 bits. It fills the square of calls and runs evenly, whatever n has in common with a tensor's
-/// shape.
-FASTACT_FN int64_t offset_of(int64_t phase, int64_t j, int64_t n) {
-  const uint32_t fraction = uint32_t(phase) * 0xC13FA9A9u + uint32_t(j) * 0x91E10DA5u;
-  return int64_t((uint64_t(fraction) * uint64_t(n)) >> 32);
-}
-/// Where run j begins. A sample's runs jump about in what lies between them, from run to run and from call to call.
+/// For call `phase` and run j of it a number below 1, in units of 2^-32: the additive sequence whose steps are the powers of
+/// 1 / 1.3247, the plastic number. It fills the square of calls and runs evenly, whatever the shape of a tensor is.
+FASTACT_FN uint32_t fraction_of(int64_t phase, int64_t j) { return uint32_t(phase) * 0xC13FA9A9u + uint32_t(j) * 0x91E10DA5u; }
+/// Where run j begins: at block (j + fraction) * blocks / runs. A sample's runs jump about from run to run and from call to
+/// call.
 FASTACT_FN int64_t start_of(const Look& a, int64_t j) {
-  return j * a.spacing + offset_of(a.phase, j, a.spacing - Look::kRun + 1);
+  const uint64_t at = (uint64_t(j) << 32) + fraction_of(a.phase, j);
+  return int64_t(uint64_t((unsigned __int128)(at)*a.spacing >> 64)) * Look::kRun;
+}
+/// Any of the first n numbers.
+FASTACT_FN int64_t offset_of(int64_t phase, int64_t j, int64_t n) {
+  return int64_t((uint64_t(fraction_of(phase, j)) * uint64_t(n)) >> 32);
 }
 /// Which row is looked at as number j.
 FASTACT_FN int64_t row_of(const RowLook& a, int64_t j) { return j * a.spacing + offset_of(a.phase, j, a.spacing); }
@@ -50,16 +52,16 @@ FASTACT_FN uint64_t key(double x) {
 FASTACT_FN bool finite(float x) { return (pattern(x) & 0x7fffffff) < 0x7f800000; }
 FASTACT_FN bool finite(double x) { return (pattern(x) & 0x7fffffffffffffff) < 0x7ff0000000000000; }
 
-/// The bin of a finite number among those of its sign. What is exactly a power of two is the last of its octave: the bit
-/// patterns are one less.
-FASTACT_FN int bin(float x) {
-  const int at = (((pattern(x) & 0x7fffffff) - 1) >> 19) - ((127 + Histogram::kLowest) << 4);
-  return at < 0 ? 0 : at < Histogram::kBins ? at : Histogram::kBins - 1;
+/// The bin of a finite number of that magnitude, among those of its sign, or of one in every lane. What is exactly
+/// a power of two is the last of its octave: the bit patterns are one less.
+template <class I>
+FASTACT_FN I bin_of(I magnitude, int shift, int bias) {
+  const I at = ((magnitude - 1) >> shift) - ((bias + Histogram::kLowest) << 4), none = magnitude - magnitude,
+          most = none + (Histogram::kBins - 1);
+  return at < 0 ? none : at < most ? at : most;
 }
-FASTACT_FN int bin(double x) {
-  const int at = int(((pattern(x) & 0x7fffffffffffffff) - 1) >> 48) - ((1023 + Histogram::kLowest) << 4);
-  return at < 0 ? 0 : at < Histogram::kBins ? at : Histogram::kBins - 1;
-}
+FASTACT_FN int bin(float x) { return bin_of(pattern(x) & 0x7fffffff, 19, 127); }
+FASTACT_FN int bin(double x) { return int(bin_of(pattern(x) & 0x7fffffffffffffff, 48, 1023)); }
 static_assert(Histogram::kParts == 16, "the four bits of the fraction that are kept above");
 
 /// - p log p, 0 below 2^-40.

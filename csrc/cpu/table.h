@@ -25,6 +25,7 @@ const Kernels kernels = {
     FASTACT_EACH_DTYPE(maxout_forward),
     FASTACT_EACH_DTYPE(maxout_backward),
     FASTACT_EACH_DTYPE(look),
+    gather,
     FASTACT_EACH_DTYPE(look_at_rows),
 };
 

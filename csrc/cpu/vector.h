@@ -93,6 +93,10 @@ FASTACT_FN Double scale2(Double x, Double n, Double) { return Double(_mm512_scal
 FASTACT_FN bool any_less(Float a, Float b) { return _mm512_cmp_ps_mask(a.raw, b.raw, _CMP_LT_OQ); }
 FASTACT_FN bool any_less(Double a, Double b) { return _mm512_cmp_pd_mask(a.raw, b.raw, _CMP_LT_OQ); }
 FASTACT_FN bool any_nan(Float a, Float b) { return _mm512_cmp_ps_mask(a.raw, b.raw, _CMP_UNORD_Q); }
+FASTACT_FN uint32_t which_less(Float a, Float b) { return _mm512_cmp_ps_mask(a.raw, b.raw, _CMP_LT_OQ); }
+FASTACT_FN uint32_t which_less(Double a, Double b) { return _mm512_cmp_pd_mask(a.raw, b.raw, _CMP_LT_OQ); }
+FASTACT_FN uint32_t which_differ(Float a, Float b) { return _mm512_cmp_ps_mask(a.raw, b.raw, _CMP_NEQ_UQ); }
+FASTACT_FN uint32_t which_differ(Double a, Double b) { return _mm512_cmp_pd_mask(a.raw, b.raw, _CMP_NEQ_UQ); }
 
 #else
 
@@ -111,6 +115,10 @@ FASTACT_FN Double min(Double a, Double b) { return Double(_mm256_min_pd(a.raw, b
 FASTACT_FN bool any_less(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.raw, b.raw, _CMP_LT_OQ)); }
 FASTACT_FN bool any_less(Double a, Double b) { return _mm256_movemask_pd(_mm256_cmp_pd(a.raw, b.raw, _CMP_LT_OQ)); }
 FASTACT_FN bool any_nan(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.raw, b.raw, _CMP_UNORD_Q)); }
+FASTACT_FN uint32_t which_less(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.raw, b.raw, _CMP_LT_OQ)); }
+FASTACT_FN uint32_t which_less(Double a, Double b) { return _mm256_movemask_pd(_mm256_cmp_pd(a.raw, b.raw, _CMP_LT_OQ)); }
+FASTACT_FN uint32_t which_differ(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.raw, b.raw, _CMP_NEQ_UQ)); }
+FASTACT_FN uint32_t which_differ(Double a, Double b) { return _mm256_movemask_pd(_mm256_cmp_pd(a.raw, b.raw, _CMP_NEQ_UQ)); }
 
 #else
 
@@ -155,6 +163,19 @@ FASTACT_FN Lanes<T, N> min(Lanes<T, N> a, Lanes<T, N> b) {
   return select(a < b, a, b);
 }
 #endif
+/// A bit for each lane, and for each that is not equal to the other's, NaN included.
+template <class T, int N>
+FASTACT_FN uint32_t which_less(Lanes<T, N> a, Lanes<T, N> b) {
+  uint32_t which = 0;
+  for (int l = 0; l < N; ++l) which |= uint32_t(a.raw[l] < b.raw[l]) << l;
+  return which;
+}
+template <class T, int N>
+FASTACT_FN uint32_t which_differ(Lanes<T, N> a, Lanes<T, N> b) {
+  uint32_t which = 0;
+  for (int l = 0; l < N; ++l) which |= uint32_t(a.raw[l] != b.raw[l]) << l;
+  return which;
+}
 
 #endif
 

@@ -26,7 +26,7 @@ template <class S>
 __global__ void __launch_bounds__(kLookThreads) look(const S* x, Look a, Tally* tally, Histogram* histogram, uint8_t* units) {
   using T = decltype(unpack(S{}));
   const T low(a.low), high(a.high);
-  uint32_t count = 0, zeros = 0, lows = 0, highs = 0, nans = 0, infinite = 0, shown_zeros = 0;
+  uint32_t count = 0, zeros = 0, lows = 0, highs = 0, nans = 0, infinite = 0;
   uint64_t largest = 0, smallest = 0;
   double total = 0, squares = 0;
   const int64_t all = a.runs * Look::kRun, step = int64_t(gridDim.x) * kLookThreads;
@@ -47,9 +47,7 @@ __global__ void __launch_bounds__(kLookThreads) look(const S* x, Look a, Tally* 
       total += double(v);
       squares += double(v) * double(v);
       // Zeros, of which there may be many, are added together below.
-      const bool shown = a.thinned > 0 && e / Look::kRun % a.thinned == 0;
-      if (v != 0 && shown) atomicAdd(&histogram->counts[v < 0][bin(v)], 1u);
-      shown_zeros += v == 0 && shown;
+      if (v != 0 && a.shown) atomicAdd(&histogram->counts[v < 0][bin(v)], 1u);
     } else {
       infinite += v == v;
     }
@@ -60,7 +58,7 @@ __global__ void __launch_bounds__(kLookThreads) look(const S* x, Look a, Tally* 
     }
   }
   count = of_warp(count), zeros = of_warp(zeros), lows = of_warp(lows), highs = of_warp(highs);
-  nans = of_warp(nans), infinite = of_warp(infinite), shown_zeros = of_warp(shown_zeros);
+  nans = of_warp(nans), infinite = of_warp(infinite);
   largest = of_warp(largest, Largest()), smallest = of_warp(smallest, Largest());
   total = of_warp(total), squares = of_warp(squares);
   if (threadIdx.x % kWarp != 0 || count == 0) return;
@@ -70,7 +68,7 @@ __global__ void __launch_bounds__(kLookThreads) look(const S* x, Look a, Tally* 
   add_to(&tally->high, highs);
   add_to(&tally->nan, nans);
   add_to(&tally->infinite, infinite);
-  if (shown_zeros > 0) atomicAdd(&histogram->counts[0][0], shown_zeros);
+  if (a.shown && zeros > 0) atomicAdd(&histogram->counts[0][0], zeros);
   raise_to(&tally->largest, largest);
   raise_to(&tally->smallest, smallest);
   atomicAdd(&tally->total, total);

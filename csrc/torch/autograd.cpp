@@ -240,10 +240,10 @@ Tensor forward(const Call& call, const Tensor& x, const Redispatch& redispatch) 
 
   const auto node = node_for<ForwardNode>(call, x);
   const Tensor y = [&] {
+    const watch::Noting watched(node ? &node->watched : nullptr);
     at::AutoDispatchBelowADInplaceOrView guard;
     return redispatch();
   }();
-  if (node && watch::active()) node->watched = watch::noted();
   if (node) torch::autograd::set_history(y, node);
   if (dual) y._set_fw_grad(call.tangent(tangent_of(x), call.saves_input() ? x._fw_primal(0) : y), 0, false);
   if (node) {  // after the tangent is set, which a saved output keeps
@@ -311,10 +311,10 @@ struct InplaceAutograd {
     // What the derivative is taken from, where the result does not tell it: a copy, whose own derivative leads to x.
     const Tensor input = (node || tangent.defined()) && call.saves_input() ? x.clone() : Tensor();
     {
+      const watch::Noting watched(node ? &node->watched : nullptr);
       at::AutoDispatchBelowAutograd guard;
       inplace_op<P...>(row).redispatch(keys & c10::after_autograd_keyset, x, p...);
     }
-    if (node && watch::active()) node->watched = watch::noted();
     if (node) torch::autograd::rebase_history(x, node);
     // The tangent is modified in place too: others may hold it.
     if (tangent.defined())

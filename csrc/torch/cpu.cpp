@@ -32,8 +32,10 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; })
 // every backward, 16 elements a nanosecond in L1, are as fast with one thread at 24,000 to 33,000 elements; sigmoid, tanh and
 // elu, four a nanosecond, at 8,000 to 12,000.
 constexpr int64_t kGrain = 32768, kCostlyGrain = 8192;
-// Elementwise work is cut at multiples of this, so that every thread starts on a cache line if the tensor does.
+// Elementwise work is cut at multiples of this, so that every thread starts on a cache line if the tensor does, and that what a
+// monitor looks at together is one thread's.
 constexpr int64_t kBlock = 1024;
+static_assert(kBlock % Look::kRun == 0);
 
 template <class F>
 void parallel(int64_t n, int64_t grain, const F& f) {
@@ -83,28 +85,28 @@ struct CPU {
     return Tensor(at::detail::empty_strided_generic(x.sizes(), x.strides(), allocator, keys, x.scalar_type()));
   }
 
-  static void forward(int row, DType dtype, const Tensor& x, const Tensor& y, const double* parameters, Sights& seen) {
+  static void forward(int row, DType dtype, const Tensor& x, const Tensor& y, const double* parameters, Sights* seen) {
     const Forward kernel = cpu::kernels().forward[row][dtype];
     const int64_t size = x.element_size();
     const char* from = static_cast<const char*>(x.const_data_ptr());
     char* to = static_cast<char*>(y.mutable_data_ptr());
     parallel_elements(x.numel(), kRows[row].costly ? kCostlyGrain : kGrain, [&](int64_t begin, int64_t end) {
       kernel(from + begin * size, to + begin * size, end - begin, parameters);
-      seen.part(begin, end);
+      if (seen) seen->part(begin, end);
     });
   }
 
   static void backward(int row, DType dtype, const Tensor& dy, const Tensor& saved, const Tensor& dx, const double* parameters,
-                       Sights& dy_seen, Sights& dx_seen) {
+                       Sights* dy_seen, Sights* dx_seen) {
     const Backward kernel = cpu::kernels().backward[row][dtype];
     const int64_t size = dy.element_size();
     const char* from = static_cast<const char*>(dy.const_data_ptr());
     const char* kept = static_cast<const char*>(saved.const_data_ptr());
     char* to = static_cast<char*>(dx.mutable_data_ptr());
     parallel_elements(dy.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      dy_seen.part(begin, end);
+      if (dy_seen) dy_seen->part(begin, end);
       kernel(from + begin * size, kept + begin * size, to + begin * size, end - begin, parameters);
-      dx_seen.part(begin, end);
+      if (dx_seen) dx_seen->part(begin, end);
     });
   }
 
@@ -174,16 +176,28 @@ struct CPU {
   static void look(DType dtype, const Tensor& x, const Look& a, Tally* tally, Histogram* histogram, uint8_t* units) {
     constexpr int64_t kPiece = 1024;
     const LookKernel kernel = cpu::kernels().look[dtype];
+    const GatherKernel gather = cpu::kernels().gather;
     const void* from = x.const_data_ptr();
+    if (a.spacing != Look::kDense || a.runs <= kPiece) {
+      const std::unique_ptr<Glimpse[]> glimpses(new Glimpse[a.runs]);
+      const std::unique_ptr<Bins[]> bins(a.shown ? new Bins[a.runs] : nullptr);
+      kernel(from, a, 0, a.n, 0, glimpses.get(), bins.get());
+      return gather(a, 0, a.runs, glimpses.get(), bins.get(), tally, histogram, units);
+    }
     const int64_t pieces = (a.runs + kPiece - 1) / kPiece;
-    if (pieces <= 1) return kernel(from, a, 0, a.runs, tally, histogram, units);
     std::vector<Tally> tallies(pieces);
     std::mutex mutex;
     parallel(pieces, 1, [&](int64_t begin, int64_t end) {
+      constexpr int64_t kRuns = 32;
+      Glimpse glimpses[kRuns];
+      Bins bins[kRuns];
       const auto counts = std::make_unique<Histogram>();
       std::vector<uint8_t> flags(2 * a.units);
-      for (int64_t k = begin; k < end; ++k)
-        kernel(from, a, k * kPiece, std::min(a.runs, (k + 1) * kPiece), &tallies[k], counts.get(), flags.data());
+      for (int64_t j = begin * kPiece; j < std::min(a.runs, end * kPiece); j += kRuns) {
+        const int64_t next = std::min(a.runs, j + kRuns);
+        kernel(from, a, j * Look::kRun, next * Look::kRun, j, glimpses, bins);
+        gather(a, j, next, glimpses, bins, &tallies[j / kPiece], counts.get(), flags.data());
+      }
       const std::lock_guard<std::mutex> lock(mutex);
       for (int sign : {0, 1})
         for (int bin = 0; bin < Histogram::kBins; ++bin) histogram->counts[sign][bin] += counts->counts[sign][bin];
@@ -197,10 +211,10 @@ struct CPU {
     }
   }
 
-  static void look_at_copy(DType dtype, const void* runs, const Look& a, Tally* tally, Histogram* histogram, uint8_t* units) {
-    cpu::kernels().look[dtype](runs, a, 0, a.runs, tally, histogram, units);
-  }
-  static constexpr auto kLookAtCopy = look_at_copy;
+  static LookKernel look_at_part(DType dtype) { return cpu::kernels().look[dtype]; }
+  static constexpr auto kLookAtPart = look_at_part;
+  static GatherKernel gather() { return cpu::kernels().gather; }
+  static constexpr auto kGather = gather;
 
   static void look_at_rows(DType dtype, const Tensor& y, const RowLook& a, RowTally* tally) {
     cpu::kernels().look_at_rows[dtype](y.const_data_ptr(), a, tally);

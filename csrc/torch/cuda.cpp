@@ -50,13 +50,13 @@ struct CUDA {
     return Tensor(at::detail::empty_strided_cuda(x.sizes(), x.strides(), x.scalar_type(), x.device()));
   }
 
-  static void forward(int row, DType dtype, const Tensor& x, const Tensor& y, const double* parameters, Sights&) {
+  static void forward(int row, DType dtype, const Tensor& x, const Tensor& y, const double* parameters, Sights*) {
     check(
         cuda::kernels().forward[row][dtype](x.const_data_ptr(), y.mutable_data_ptr(), x.numel(), parameters, current_queue()));
   }
 
   static void backward(int row, DType dtype, const Tensor& dy, const Tensor& saved, const Tensor& dx, const double* parameters,
-                       Sights&, Sights&) {
+                       Sights*, Sights*) {
     check(cuda::kernels().backward[row][dtype](dy.const_data_ptr(), saved.const_data_ptr(), dx.mutable_data_ptr(), dy.numel(),
                                                parameters, current_queue()));
   }
@@ -121,7 +121,7 @@ struct CUDA {
     check(cuda::kernels().look[dtype](x.const_data_ptr(), a, tally, histogram, units, current_queue()));
   }
 
-  static constexpr std::nullptr_t kLookAtCopy = nullptr;
+  static constexpr std::nullptr_t kLookAtPart = nullptr, kGather = nullptr;
 
   static void look_at_rows(DType dtype, const Tensor& y, const RowLook& a, RowTally* tally) {
     const Guard guard(y);

@@ -4,15 +4,16 @@
 //     constexpr c10::DeviceType kType;
 //     struct Guard;                               made of the input, held while an op runs
 //     Tensor empty_as(const Tensor& x);           uninitialised, with the layout of a dense x
-//     void forward(int row, DType, const Tensor& x, const Tensor& y, const double* parameters, Sights& y_seen);
+//     void forward(int row, DType, const Tensor& x, const Tensor& y, const double* parameters, Sights* y_seen);
 //     void backward(int row, DType, const Tensor& dy, const Tensor& saved, const Tensor& dx, const double* parameters,
-//                   Sights& dy_seen, Sights& dx_seen);
+//                   Sights* dy_seen, Sights* dx_seen);
 //     void softmax(int row, DType, const Tensor& x, const Tensor& y, SoftmaxShape, SoftmaxOptions);
 //     void softmax_backward(int row, DType, const Tensor& dy, const Tensor& y, const Tensor& dx, SoftmaxShape, SoftmaxOptions);
 //     void look(DType, const Tensor& x, const Look&, Tally*, Histogram*, uint8_t* units);
 //     void look_at_rows(DType, const Tensor& y, const RowLook&, RowTally*);
-//     constexpr auto kLookAtCopy;                 as watch::Eyes has it; where it is not null, forward and backward tell Sights
-//                                                 of every part: dy before it is overwritten, the others when they are there
+//     constexpr auto kLookAtPart, kGather;        as watch::Eyes has them; where they are not null, forward and backward tell
+//                                                 Sights, if there are any, of every part: dy before it is overwritten, the
+//                                                 others when they are there
 //   };
 //
 // All are static. The tensors they get are dense and laid out alike; y and dx may be x, dy or the saved tensor. Those of
@@ -107,18 +108,23 @@ struct Binary {
 
 using watch::Sights;
 
-/// Computes y, and shows it to monitors, if there are any.
+/// Shows y to monitors. Apart, for the room that it takes on the stack.
 template <class Device>
-void forward(int row, DType dtype, const Tensor& x, const Tensor& y, const double* parameters) {
+[[gnu::noinline]] void watched_forward(int row, DType dtype, const Tensor& x, const Tensor& y, const double* parameters) {
+  watch::Kind kind{kRows[row].name, row};
+  std::copy_n(parameters, kRows[row].arity(), kind.parameters);
+  const watch::Layers layers = watch::layers_of(kind, y);
   Sights seen;
-  if (watch::active()) {
-    watch::Kind kind{kRows[row].name, row};
-    std::copy_n(parameters, kRows[row].arity(), kind.parameters);
-    seen = Sights(watch::layers_of(kind, y), kOutput, y);
-  }
-  Device::forward(row, dtype, x, y, parameters, seen);
+  seen.prepare(layers, kOutput, y);
+  Device::forward(row, dtype, x, y, parameters, &seen);
   seen.whole();
   seen.together();
+}
+
+template <class Device>
+void forward(int row, DType dtype, const Tensor& x, const Tensor& y, const double* parameters) {
+  if (watch::active()) return watched_forward<Device>(row, dtype, x, y, parameters);
+  Device::forward(row, dtype, x, y, parameters, nullptr);
 }
 
 template <class Device>
@@ -155,6 +161,20 @@ struct InplaceKernel {
   }
 };
 
+/// Shows both gradients to monitors.
+template <class Device>
+[[gnu::noinline]] void watched_backward(int row, DType dtype, const Binary<Device>& t, const double* parameters,
+                                        const watch::Layers& layers) {
+  Sights dy_seen, dx_seen;
+  dy_seen.prepare(layers, kGradientIn, t.dy);
+  dx_seen.prepare(layers, kGradientOut, t.out);
+  dy_seen.whole();
+  Device::backward(row, dtype, t.dy, t.saved, t.out, parameters, &dy_seen, &dx_seen);
+  dx_seen.whole();
+  dy_seen.together();
+  dx_seen.together();
+}
+
 template <class Device>
 Tensor backward(int row, const Tensor& dy, const Tensor& saved, const double* parameters, Gradient gradient = Gradient::kept) {
   check_backward(kRows[row].name, dy, saved);
@@ -162,12 +182,10 @@ Tensor backward(int row, const Tensor& dy, const Tensor& saved, const double* pa
   const typename Device::Guard guard(dy);
   const Binary<Device> t(dy, saved, gradient);
   const watch::Layers& layers = watch::backward_of();
-  Sights dy_seen(layers, kGradientIn, t.dy), dx_seen(layers, kGradientOut, t.out);
-  dy_seen.whole();
-  Device::backward(row, dtype, t.dy, t.saved, t.out, parameters, dy_seen, dx_seen);
-  dx_seen.whole();
-  dy_seen.together();
-  dx_seen.together();
+  if (layers.empty())
+    Device::backward(row, dtype, t.dy, t.saved, t.out, parameters, nullptr, nullptr);
+  else
+    watched_backward<Device>(row, dtype, t, parameters, layers);
   return t.out;
 }
 

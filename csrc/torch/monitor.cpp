@@ -98,7 +98,7 @@ PyObject* leave(PyObject* self, PyObject*) {
 
 /// What the hooks of a module call: enter(training), which says whether it has entered, and leave(), which says whether the
 /// output is theirs to look at. Built-in functions, since every forward calls both.
-py::tuple hooks_of(const std::shared_ptr<watch::Monitor>& monitor, int64_t scope, bool activation) {
+py::tuple make_hooks(const std::shared_ptr<watch::Monitor>& monitor, int64_t scope, bool activation) {
   static PyMethodDef methods[] = {{"enter", enter, METH_O, nullptr}, {"leave", leave, METH_NOARGS, nullptr}};
   const py::capsule place(new Place{monitor, scope, activation}, [](void* p) { delete static_cast<Place*>(p); });
   const auto function = [&](PyMethodDef& method) {
@@ -111,10 +111,10 @@ py::tuple hooks_of(const std::shared_ptr<watch::Monitor>& monitor, int64_t scope
 
 using Places = c10::SmallVector<std::shared_ptr<const Place>, 1>;
 
-/// By the dict of a module's forward hooks: what is a shallow copy of the module, such as a replica of DataParallel, has the
-/// same, and no deep copy has.
+/// By the module, and by the dict of its forward hooks: what is a shallow copy of the module, such as a replica of
+/// DataParallel, has the same, and no deep copy has.
 struct Announced {
-  py::object alive;  // a weak reference to that dict
+  py::object alive;  // a weak reference to the key
   Places places;
 };
 using AllAnnounced = std::unordered_map<PyObject*, Announced>;
@@ -128,18 +128,32 @@ py::object attribute(PyObject* object, PyObject* name) {
   if (!value) throw python_error();
   return value;
 }
-py::object key_of(PyObject* module) {
+py::object hooks_of(PyObject* module) {
   static PyObject* const name = PyUnicode_InternFromString("_forward_hooks");
   return attribute(module, name);
+}
+bool training(PyObject* module) {
+  static PyObject* const name = PyUnicode_InternFromString("training");
+  return attribute(module, name).ptr() == Py_True;
+}
+bool is_of(const Announced& entry, PyObject* key) { return PyWeakref_GetObject(entry.alive.ptr()) == key; }
+
+Places places_of(PyObject* module) {
+  auto entry = announced().find(module);
+  if (entry != announced().end() && is_of(entry->second, module)) return entry->second.places;
+  const py::object hooks = hooks_of(module);
+  entry = announced().find(hooks.ptr());
+  return entry != announced().end() && is_of(entry->second, hooks.ptr()) ? entry->second.places : Places();
 }
 
 void announce(const std::shared_ptr<watch::Monitor>& monitor, int64_t scope, bool activation, py::handle module,
               py::object switched, py::object left) {
-  const py::object key = key_of(module.ptr());
-  Announced& entry = announced()[key.ptr()];
-  if (!entry.alive || PyWeakref_GetObject(entry.alive.ptr()) != key.ptr()) entry = {py::weakref(key), {}};
-  entry.places.push_back(
-      std::make_shared<const Place>(Place{monitor, scope, activation, std::move(switched), std::move(left)}));
+  const auto place = std::make_shared<const Place>(Place{monitor, scope, activation, std::move(switched), std::move(left)});
+  for (const py::object& key : {py::reinterpret_borrow<py::object>(module), hooks_of(module.ptr())}) {
+    Announced& entry = announced()[key.ptr()];
+    if (!entry.alive || !is_of(entry, key.ptr())) entry = {py::weakref(key), {}};
+    entry.places.push_back(place);
+  }
 }
 
 /// Those of a monitor are forgotten.
@@ -161,16 +175,11 @@ void forget(const std::shared_ptr<watch::Monitor>& monitor) {
 /// at_work(forward, module, input): the result of forward(module, input), in the module's places.
 PyObject* at_work(PyObject*, PyObject* const* args, Py_ssize_t) {
   HANDLE_TH_ERRORS
-  static PyObject* const name = PyUnicode_InternFromString("training");
   PyObject* const module = args[1];
-  const py::object key = key_of(module);
-  const auto entry = announced().find(key.ptr());
-  Places places;
-  if (entry != announced().end() && PyWeakref_GetObject(entry->second.alive.ptr()) == key.ptr()) places = entry->second.places;
-  if (!places.empty()) {
-    const bool training = attribute(module, name).ptr() == Py_True;
-    for (const auto& place : places)
-      if (!place->enter(training)) place->switched(py::handle(module), py::none());
+  const Places places = places_of(module);
+  for (const auto& place : places) {
+    const bool within = place->monitor->state->calls > 0;  // a call of the model, which says in which mode it is
+    if (!place->enter(within || training(module))) place->switched(py::handle(module), py::none());
   }
   const py::object y = py::reinterpret_steal<py::object>(PyObject_Vectorcall(args[0], args + 1, 2, nullptr));
   for (auto place = places.rbegin(); place != places.rend(); ++place)
@@ -193,7 +202,7 @@ void define_monitor(py::module_& m) {
       .def("close", &Monitor::close)
       .def("add_scope", &Monitor::add_scope)
       .def("enter", &Monitor::enter)
-      .def("hooks", &hooks_of, "enter(training) and leave() of a module of that scope, for its hooks.")
+      .def("hooks", &make_hooks, "enter(training) and leave() of a module of that scope, for its hooks.")
       .def("announce", &announce, "Counts what at_work() is told of the module for that scope.")
       .def("forget", &forget)
       .def("output",
@@ -204,24 +213,25 @@ void define_monitor(py::module_& m) {
              return monitor.output(scope, kind, THPVariable_Unpack(y.ptr()));
            })
       .def_property(
-          "running", [](const Monitor& monitor) { return monitor.running.load(); },
-          [](Monitor& monitor, bool is) { monitor.running = is; })
+          "running", [](const Monitor& monitor) { return monitor.state->running.load(); },
+          [](Monitor& monitor, bool is) { monitor.state->running = is; })
       .def_property(
-          "recording", [](const Monitor& monitor) { return monitor.recording.load(); },
-          [](Monitor& monitor, bool is) { monitor.recording = is; })
+          "recording", [](const Monitor& monitor) { return monitor.state->recording.load(); },
+          [](Monitor& monitor, bool is) { monitor.state->recording = is; })
       .def_property(
-          "training", [](const Monitor& monitor) { return monitor.training.load(); },
-          [](Monitor& monitor, bool is) { monitor.training = is; })
+          "training", [](const Monitor& monitor) { return monitor.state->training.load(); },
+          [](Monitor& monitor, bool is) { monitor.state->training = is; })
       .def_property(
-          "calls", [](const Monitor& monitor) { return monitor.calls.load(); },
-          [](Monitor& monitor, int number) { monitor.calls = number; })
-      .def_property_readonly("gradients", [](const Monitor& monitor) { return monitor.gradients.load(); })
+          "calls", [](const Monitor& monitor) { return monitor.state->calls.load(); },
+          [](Monitor& monitor, int number) { monitor.state->calls = number; })
+      .def_property_readonly("gradients", [](const Monitor& monitor) { return monitor.state->gradients.load(); })
       .def(
           "maker_of",
           [](const Monitor& monitor, py::handle y) -> int64_t {
             const Tensor& t = THPVariable_Unpack(y.ptr());
-            return t.numel() > 0 && t.has_storage() && t.const_data_ptr() == monitor.last_output ? monitor.last_layer.load()
-                                                                                                 : -1;
+            return t.numel() > 0 && t.has_storage() && t.const_data_ptr() == monitor.state->last_output
+                       ? monitor.state->last_layer.load()
+                       : -1;
           },
           "The layer whose output this is, if it is the last one that was looked at; else -1.")
       .def("layers",

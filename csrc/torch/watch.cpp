@@ -23,6 +23,8 @@ constexpr int64_t kMostUnits = (65536 - int64_t(sizeof(Ledger)) - kSides * int64
 constexpr int64_t kChunk = 1 << 18;
 constexpr int64_t kMostCounted = int64_t(1) << 32;
 constexpr size_t kMostWidths = 4;
+// So many samples of 2^32 go into the histogram, spread evenly over the calls.
+constexpr uint32_t kShown = uint32_t(1) << 29;
 // What torch.func would have to do with the counters, were they its tensors.
 constexpr c10::DispatchKeySet kTransforms({c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
                                            c10::DispatchKey::FuncTorchDynamicLayerBackMode,
@@ -35,7 +37,7 @@ struct Frame {
   int64_t next = 0;
 };
 thread_local std::vector<Frame> frames;
-thread_local std::vector<std::weak_ptr<Layer>> last;  // which must not keep a closed monitor's memory
+thread_local Layers* noting = nullptr;
 thread_local const Layers* next_backward = nullptr;
 
 const Eyes*& eyes(c10::DeviceType type) {
@@ -73,6 +75,12 @@ using LevelsOf = Levels (*)(const double*);
 constexpr LevelsOf kLevels[] = {FASTACT_ACTIVATIONS(FASTACT_LEVELS)};
 #undef FASTACT_LEVELS
 
+/// Without waiting for what was written before: a kernel's results, to begin with.
+template <class T>
+void set(std::atomic<T>& to, std::type_identity_t<T> value) {
+  to.store(value, std::memory_order_relaxed);
+}
+
 /// Of x, or of a copy of it, dense.
 Tensor to_dense(const Tensor& x) { return dense(x) ? x : copy_as(x, x); }
 
@@ -95,35 +103,40 @@ Width width_of(const Tensor& y, int64_t unit_dim) {
 
 std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, Width width, const Kind& kind, const Tensor& y) {
   const auto [dim, units] = width;
-  const int64_t bytes = (int64_t(sizeof(Ledger)) + 2 * units + 15) / 16 * 16;
+  const int64_t bytes = (int64_t(sizeof(Ledger)) + 2 * units + 63) / 64 * 64;
   const c10::InferenceMode counters_outlive_it(false);
   const c10::impl::ExcludeDispatchKeyGuard and_transforms(kTransforms);
   std::deque<Chunk>& chunks = m.chunks[y.device().str()];
   const auto options = at::TensorOptions(y.device());
   if (chunks.empty() || chunks.back().used + bytes > kChunk) chunks.push_back({at::zeros({kChunk}, options.dtype(at::kByte))});
   Chunk& chunk = chunks.back();
-  const Tensor place = chunk.bytes.narrow(0, chunk.used, bytes);
-  auto layer = std::shared_ptr<Layer>(new Layer{
+  const Tensor histograms = at::zeros({kSides, 2, Histogram::kBins}, options.dtype(at::kInt));
+  auto* const place = static_cast<uint8_t*>(chunk.bytes.mutable_data_ptr()) + chunk.used;
+  const Counters counters{reinterpret_cast<Ledger*>(place), static_cast<Histogram*>(histograms.mutable_data_ptr()),
+                          place + sizeof(Ledger)};
+  const auto layer = std::shared_ptr<Layer>(new Layer{
+      .state = m.state,
+      .counters = counters,
+      .levels = kind.row < 0 ? kind.levels : levels(kind.row, kind.parameters),
+      .units = units,
+      .unit_dim = dim,
+      .sample = m.sample,
+      .device = y.device(),
       .number = int64_t(m.layers.size()),
       .scope = scope,
       .position = position,
       .kind = kind,
-      .device = y.device(),
       .chunk = int64_t(chunks.size()) - 1,
       .offset = chunk.used,
-      .units = units,
-      .unit_dim = dim,
-      .levels = kind.row < 0 ? kind.levels : levels(kind.row, kind.parameters),
-      .ledger = place,
-      .histograms = at::zeros({kSides, 2, Histogram::kBins}, options.dtype(at::kInt)),
-      .flags = place.narrow(0, int64_t(sizeof(Ledger)), 2 * units),
-      .sample = m.sample,
-      .monitor = m.weak_from_this(),
+      .memory = chunk.bytes,
+      .histograms = histograms,
   });
   chunk.used += bytes;
   m.layers.push_back(layer);
   return layer;
 }
+
+bool same(const char* a, const char* b) { return a == b || strcmp(a, b) == 0; }
 
 std::shared_ptr<Layer> layer_at(Monitor& m, int64_t scope, int64_t position, const Kind& kind, const Tensor& y) {
   const std::lock_guard<std::mutex> lock(m.mutex);
@@ -134,7 +147,7 @@ std::shared_ptr<Layer> layer_at(Monitor& m, int64_t scope, int64_t position, con
   std::shared_ptr<Layer> other;  // of another width
   size_t widths = 0;
   for (const auto& layer : layers) {
-    if (layer->device != y.device() || strcmp(layer->kind.name, kind.name) != 0) continue;
+    if (layer->device != y.device() || !same(layer->kind.name, kind.name)) continue;
     if (layer->units == width.units || kind.along_dim) return layer;
     if (widths++ == 0) other = layer;
   }
@@ -153,51 +166,54 @@ void carry(Layer& layer, int64_t n) {
   layer.counted = kCarry + n;
 }
 
-struct Counters {
-  Ledger* ledger;
-  Histogram* histograms;
-  uint8_t* flags;
-
-  explicit Counters(const Layer& layer)
-      : ledger(reinterpret_cast<Ledger*>(layer.ledger.mutable_data_ptr())),
-        histograms(reinterpret_cast<Histogram*>(layer.histograms.mutable_data_ptr())),
-        flags(static_cast<uint8_t*>(layer.flags.mutable_data_ptr())) {}
-};
-
-/// Which elements of a dense x the next look at that side is at. Under the layer's lock.
-Look next_look(Layer& layer, bool training, int side, const Tensor& x) {
-  Look a = Look::at(x.numel(), layer.sample, layer.calls[side]++);
-  layer.sizes[side] += x.numel();
+/// Which elements of a dense x the next look at that side is at. Two threads may get the same ones.
+Look next_look(Layer& layer, int side, const Tensor& x) {
+  const int64_t call = layer.calls[side];
+  set(layer.calls[side], call + 1);
+  Look a = Look::at(x.numel(), layer.sample, call);
   a.low = side == kOutput ? layer.levels.low : kNone;
   a.high = side == kOutput ? layer.levels.high : kNone;
   const bool units = side == kOutput && layer.units > 0 && layer.unit_dim < x.dim() && x.size(layer.unit_dim) == layer.units;
-  if (training && !std::exchange(layer.trained, true)) {
-    const c10::impl::ExcludeDispatchKeyGuard ours(kTransforms);
-    layer.histograms.zero_();
-    layer.carried.reset();
-    layer.counted = 0;
+  const bool training = layer.state->training, trained = layer.trained;
+  if (training || !trained) {
+    const int64_t number = training && !trained ? 0 : layer.shown[side].load();
+    set(layer.shown[side], number + 1);
+    a.shown = a.spacing == Look::kDense || generic::fraction_of(number, 0) < kShown;
+  } else {
+    a.shown = false;
   }
-  if (!training && layer.trained) a.thinned = 0;
-  const int64_t into_bins = a.thinned > 0 ? std::min(a.n, a.runs * Look::kRun) : 0;
-  if ((layer.counted += into_bins) >= kMostCounted) carry(layer, into_bins);
   a.units = units ? layer.units : 0;
   a.inner = units ? (layer.units == 1 ? x.numel() : x.stride(layer.unit_dim)) : 1;
   return a;
 }
 
-/// The monitor of a layer that x can be looked at for; else null.
-std::shared_ptr<Monitor> watching(const Layer& layer, int side, const Tensor& x) {
-  std::shared_ptr<Monitor> monitor = layer.monitor.lock();
-  if (!monitor || !monitor->open) return nullptr;
-  if (side != kOutput) ++monitor->gradients;
-  return x.numel() > 0 && x.device() == layer.device && has_eyes(x) ? monitor : nullptr;
+/// Where what is found goes to; under the layer's lock.
+Counters counters_for(Layer& layer, int side, const Look& a) {
+  layer.sizes[side] += a.n;
+  if (layer.state->training && !layer.trained) {
+    layer.trained = true;
+    const c10::impl::ExcludeDispatchKeyGuard ours(kTransforms);
+    layer.histograms.zero_();
+    layer.carried.reset();
+    layer.counted = 0;
+    for (int other = 0; other < kSides; ++other) set(layer.shown[other], other == side);
+  }
+  const int64_t into_bins = a.shown ? std::min(a.n, a.runs * Look::kRun) : 0;
+  if ((layer.counted += into_bins) >= kMostCounted) carry(layer, into_bins);
+  return layer.counters;
+}
+
+/// Whether x can be looked at for a layer whose monitor is open.
+bool watching(const Layer& layer, int side, const Tensor& x) {
+  State& state = *layer.state;
+  if (!state.open) return false;
+  if (side != kOutput) set(state.gradients, state.gradients + 1);  // more or less
+  return x.numel() > 0 && x.device() == layer.device && has_eyes(x);
 }
 
 void came_last(const Layer& layer, const Tensor& y) {
-  if (const auto monitor = layer.monitor.lock()) {
-    monitor->last_output = y.const_data_ptr();
-    monitor->last_layer = layer.number;
-  }
+  set(layer.state->last_output, y.const_data_ptr());
+  set(layer.state->last_layer, layer.number);
 }
 
 }  // namespace
@@ -207,11 +223,11 @@ void give_eyes(c10::DeviceType type, const Eyes& of_device) { eyes(type) = &of_d
 Levels levels(int row, const double* parameters) { return kLevels[row](parameters); }
 
 void Monitor::start() {
-  if (!open.exchange(true)) ++monitors;
+  if (!state->open.exchange(true)) ++monitors;
 }
 
 void Monitor::close() {
-  if (open.exchange(false)) --monitors;
+  if (state->open.exchange(false)) --monitors;
 }
 
 int64_t Monitor::add_scope(int64_t unit_dim) {
@@ -220,13 +236,14 @@ int64_t Monitor::add_scope(int64_t unit_dim) {
   return int64_t(scopes.size()) - 1;
 }
 
-bool Monitor::enter(int64_t scope, bool training_) {
-  if (calls == 0) {
-    if (running && training_ && !training) return false;
-    if (!running) training = training_;
+bool Monitor::enter(int64_t scope, bool training) {
+  State& s = *state;
+  if (s.calls == 0) {
+    if (s.running && training && !s.training) return false;
+    if (!s.running) set(s.training, training);
   }
-  running = true;
-  if (recording) frames.push_back({shared_from_this(), scope});
+  set(s.running, true);
+  if (s.recording) frames.push_back({shared_from_this(), scope});
   return true;
 }
 
@@ -253,7 +270,7 @@ Tensor to_host(const Chunk& chunk) {
 }
 
 std::shared_ptr<Layer> Monitor::output(int64_t scope, const Kind& kind, const Tensor& y) {
-  if (!open || !has_eyes(y)) return nullptr;
+  if (!state->open || !has_eyes(y)) return nullptr;
   const auto layer = layer_at(*this, scope, 0, kind, y);
   look(*layer, kOutput, y);
   came_last(*layer, y);
@@ -263,33 +280,31 @@ std::shared_ptr<Layer> Monitor::output(int64_t scope, const Kind& kind, const Te
 
 Layers layers_of(const Kind& kind, const Tensor& y) {
   Layers layers;
-  last.clear();
   for (size_t k = frames.size(); k-- > 0;) {
     Frame& frame = frames[k];
     bool inner = false;  // whether a frame above belongs to the same monitor
     for (size_t above = k + 1; above < frames.size(); ++above) inner = inner || frames[above].monitor == frame.monitor;
-    if (inner || !frame.monitor->open) continue;
+    if (inner || !frame.monitor->state->open) continue;
     layers.push_back(layer_at(*frame.monitor, frame.scope, frame.next++, kind, y));
     came_last(*layers.back(), y);
-    last.push_back(layers.back());
   }
+  if (noting) *std::exchange(noting, nullptr) = layers;
   return layers;
 }
 
-Layers noted() {
-  Layers layers;
-  for (const auto& layer : std::exchange(last, {}))
-    if (auto held = layer.lock()) layers.push_back(std::move(held));
-  return layers;
+Noting::Noting(Layers* layers) : before_(nullptr), notes_(layers && active()) {
+  if (notes_) before_ = std::exchange(noting, layers);
+}
+Noting::~Noting() {
+  if (notes_) noting = before_;
 }
 
 void look(Layer& layer, int side, const Tensor& given) {
-  const auto monitor = watching(layer, side, given);
-  if (!monitor) return;
+  if (!watching(layer, side, given)) return;
   const Tensor x = to_dense(given);
+  const Look a = next_look(layer, side, x);
   const std::lock_guard<std::mutex> lock(layer.mutex);
-  const Look a = next_look(layer, monitor->training, side, x);
-  const Counters to(layer);
+  const Counters to = counters_for(layer, side, a);
   eyes(x.device().type())->look(dtype_of("monitor", x), x, a, &to.ledger->sides[side], &to.histograms[side], to.flags);
 }
 
@@ -299,7 +314,8 @@ void look_at_rows(Layer& layer, const Kind& kind, const Tensor& y) {
   const SoftmaxShape shape = shape_of(x, at::maybe_wrap_dim(kind.dim, x.dim()));
   const int64_t rows = shape.outer * shape.inner;
   int64_t looked = rows;
-  if (layer.sample > 0 && layer.sample < x.numel()) looked = std::max<int64_t>(1, layer.sample / shape.length);
+  const int64_t sample = Look::sample_of(layer.sample, x.numel());
+  if (sample < x.numel()) looked = std::max<int64_t>(1, sample / shape.length);
   const std::lock_guard<std::mutex> lock(layer.mutex);
   layer.length = shape.length;
   const RowLook a{shape.length,
@@ -309,43 +325,39 @@ void look_at_rows(Layer& layer, const Kind& kind, const Tensor& y) {
                   layer.row_calls++,
                   kind.logarithms,
                   shape.length > 1 ? 1 / std::log(double(shape.length)) : 0};
-  eyes(x.device().type())->look_at_rows(dtype_of("monitor", x), x, a, &Counters(layer).ledger->rows);
+  eyes(x.device().type())->look_at_rows(dtype_of("monitor", x), x, a, &layer.counters.ledger->rows);
 }
 
-void Sights::prepare(const Layers& layers) {
-  const Tensor& x = *x_;
+void Sights::prepare(const Layers& layers, int side, const Tensor& x) {
+  side_ = side, x_ = &x;
+  Sample* last = nullptr;
   for (const auto& layer : layers) {
-    const bool sample = 0 < layer->sample && layer->sample < x.numel();
-    if (!sample || !has_eyes(x) || !eyes(x.device().type())->look_at_copy) {
-      others_.push_back(layer);
-    } else if (const auto monitor = watching(*layer, side_, x)) {
-      const std::lock_guard<std::mutex> lock(layer->mutex);
-      Look a = next_look(*layer, monitor->training, side_, x);
-      a.gathered = true;
-      samples_.push_back({layer, a, std::unique_ptr<char[]>(new char[size_t(a.runs * Look::kRun * x.element_size())])});
+    if (!has_eyes(x) || !eyes(x.device().type())->look_at_part ||
+        (layer->sample == Look::kAll && x.numel() > kRuns * Look::kRun)) {
+      others_.push_back(layer.get());
+    } else if (watching(*layer, side, x)) {
+      Sample& s = last ? *(last->next = std::make_unique<Sample>()) : first_;
+      s.kernel = eyes(x.device().type())->look_at_part(dtype_of("monitor", x));
+      s.x = x.const_data_ptr();
+      s.look = next_look(*layer, side, x);
+      s.layer = layer.get();
+      s.glimpses = glimpses_, s.bins = bins_;
+      if (last || s.look.runs > kRuns) {
+        s.more.reset(new Glimpse[size_t(s.look.runs)]);
+        s.more_bins.reset(new Bins[s.look.shown ? size_t(s.look.runs) : 0]);
+        s.glimpses = s.more.get(), s.bins = s.more_bins.get();
+      }
+      last = &s;
     }
   }
 }
 
-void Sights::copy(int64_t begin, int64_t end) {
-  const int64_t size = x_->element_size();
-  const char* const from = static_cast<const char*>(x_->const_data_ptr());
-  for (const auto& [layer, a, runs] : samples_) {
-    // Run j lies among the elements from j * spacing on, and before the next ones.
-    const int64_t last = std::min(a.runs, (end + a.spacing - 1) / a.spacing);
-    for (int64_t j = begin / a.spacing; j < last; ++j) {
-      const int64_t start = generic::start_of(a, j), i = std::max(start, begin), stop = std::min(start + Look::kRun, end);
-      if (i < stop) memcpy(runs.get() + (j * Look::kRun + i - start) * size, from + i * size, size_t((stop - i) * size));
-    }
-  }
-}
-
-void Sights::look_at_copies() {
-  for (const auto& [layer, a, runs] : samples_) {
-    const std::lock_guard<std::mutex> lock(layer->mutex);
-    const Counters to(*layer);
-    eyes(x_->device().type())
-        ->look_at_copy(dtype_of("monitor", *x_), runs.get(), a, &to.ledger->sides[side_], &to.histograms[side_], to.flags);
+void Sights::add_up() {
+  const GatherKernel gather = eyes(x_->device().type())->gather();
+  for (const Sample* s = first(); s; s = s->next.get()) {
+    const std::lock_guard<std::mutex> lock(s->layer->mutex);
+    const Counters to = counters_for(*s->layer, side_, s->look);
+    gather(s->look, 0, s->look.runs, s->glimpses, s->bins, &to.ledger->sides[side_], &to.histograms[side_], to.flags);
   }
 }
 

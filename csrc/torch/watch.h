@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <atomic>
 #include <deque>
@@ -27,11 +28,12 @@ inline bool active() { return monitors.load(std::memory_order_relaxed) > 0; }
 struct Eyes {
   void (*look)(DType, const Tensor& x, const Look&, Tally*, Histogram*, uint8_t* units);
   void (*look_at_rows)(DType, const Tensor& y, const RowLook&, RowTally*);
-  // At gathered runs; null where whole tensors are looked at.
-  void (*look_at_copy)(DType, const void* runs, const Look&, Tally*, Histogram*, uint8_t* units);
+  // At the parts that a thread has just computed, and what is then made of it; null where there are none.
+  LookKernel (*look_at_part)(DType);
+  GatherKernel (*gather)();
 };
 template <class Device>
-constexpr Eyes kEyes{Device::look, Device::look_at_rows, Device::kLookAtCopy};
+constexpr Eyes kEyes{Device::look, Device::look_at_rows, Device::kLookAtPart, Device::kGather};
 
 /// Of tensors on that kind of device; registered by the file of its kernels.
 void give_eyes(c10::DeviceType, const Eyes&);
@@ -66,32 +68,53 @@ struct Chunk {
 /// A copy of the counters of a chunk on a GPU, which is there once the current stream has come so far, and sets them to 0.
 Tensor to_host(const Chunk& chunk);
 
-struct Monitor;
+/// What is at work under a monitor; its layers have it too, and may outlive it.
+struct State {
+  std::atomic<bool> open = false;
+  std::atomic<bool> running = false;   // whether a module was entered since this was last set to false
+  std::atomic<bool> recording = true;  // what is entered otherwise is not looked at
+  std::atomic<bool> training = true;   // the mode of what comes
+  std::atomic<int> calls{0};           // of the watched model, that have begun and not ended
+  std::atomic<int64_t> gradients{0};   // looked at
+  // Where the last output is, and which of the layers made it.
+  std::atomic<const void*> last_output{nullptr};
+  std::atomic<int64_t> last_layer{-1};
+};
 
 /// Bins have 32 bits.
 constexpr int64_t kCarry = 1 << 16;
 
+/// In the memory of a device.
+struct Counters {
+  Ledger* ledger = nullptr;
+  Histogram* histograms = nullptr;  // kSides of them
+  uint8_t* flags = nullptr;         // of the units
+};
+
 /// The counters of one activation on one device.
 struct Layer {
-  int64_t number;           // among all of the monitor
-  int64_t scope, position;  // which module called it, and as which of its calls of activations
-  Kind kind;
-  c10::Device device;
-  int64_t chunk, offset;    // where its ledger is, followed by its unit flags
-  int64_t units, unit_dim;  // as Look has them; the dim of the first output
-  int64_t length = 0;       // of a softmax: of the last rows
+  // What every look asks for, close together.
+  std::shared_ptr<State> state;
+  Counters counters;
   Levels levels;
-  Tensor ledger, histograms, flags;  // views of the chunk, and kSides histograms
-  Tensor carried;                    // of the histograms, in units of kCarry; undefined until a bin might overflow
-  int64_t counted = 0;               // since then: at least what any bin has
-  int64_t calls[kSides] = {}, row_calls = 0;
-  int64_t sizes[kSides] = {};  // elements, looked at or not
-  bool trained = false;        // the histograms are those of training; while there was none, of evaluation
+  int64_t units, unit_dim;  // as Look has them; the dim of the first output
   int64_t sample;
-  std::weak_ptr<Monitor> monitor;
-  std::mutex mutex;
+  std::atomic<int64_t> calls[kSides] = {}, shown[kSides] = {};  // of the latter, those that the histograms are of
+  std::mutex mutex = {};                                        // for what follows from what was counted
+  int64_t sizes[kSides] = {};                                   // elements, looked at or not
+  int64_t counted = 0;                                          // at least what any bin has, since the last carry
+  std::atomic<bool> trained = false;  // the histograms are those of training; while there was none, of evaluation
+  c10::Device device;
+  int64_t number;  // among all of the monitor
+
+  int64_t row_calls = 0, length = 0;  // of a softmax: the length of the last rows
+  int64_t scope, position;            // which module called it, and as which of its calls of activations
+  Kind kind;
+  int64_t chunk, offset;      // where its ledger is, followed by its unit flags
+  Tensor memory, histograms;  // that of the chunk, and of the histograms
+  Tensor carried = {};        // of the histograms, in units of kCarry; undefined until a bin might overflow
 };
-using Layers = std::vector<std::shared_ptr<Layer>>;
+using Layers = c10::SmallVector<std::shared_ptr<Layer>, 1>;
 
 /// What lies below one module: the layers of its first call of an activation, of its second, and so on. There is more than one
 /// where a call is now of one activation and now of another, or on several devices.
@@ -102,21 +125,12 @@ struct Scope {
 };
 
 struct Monitor : std::enable_shared_from_this<Monitor> {
-  int64_t sample;  // at most so many elements of a tensor; 0: all
-  std::atomic<bool> open = false;
-  std::atomic<bool> running = false;   // whether a module was entered since this was last set to false
-  std::atomic<bool> recording = true;  // what is entered otherwise is not looked at
-  std::atomic<bool> training = true;   // the mode of what comes
-  std::atomic<int> calls{0};           // of the watched model, that have begun and not ended
+  int64_t sample;  // how many elements of a tensor, as Look has it
+  const std::shared_ptr<State> state = std::make_shared<State>();
   std::deque<Scope> scopes;
-  Layers layers;                                    // in the order of their first calls
+  std::vector<std::shared_ptr<Layer>> layers;       // in the order of their first calls
   std::map<std::string, std::deque<Chunk>> chunks;  // by device
   std::mutex mutex;
-
-  std::atomic<int64_t> gradients{0};  // looked at
-  // Where the last output is, and which of the layers made it.
-  std::atomic<const void*> last_output{nullptr};
-  std::atomic<int64_t> last_layer{-1};
 
   explicit Monitor(int64_t sample_) : sample(sample_) {}
   ~Monitor() { close(); }
@@ -135,8 +149,18 @@ struct Monitor : std::enable_shared_from_this<Monitor> {
 
 /// The layers that y, a dense tensor that an op of ours computes, is the next output of.
 Layers layers_of(const Kind& kind, const Tensor& y);
-/// Those that the last layers_of() of this thread has found, once.
-Layers noted();
+
+/// While it lives, these become the layers of the next output of this thread.
+class Noting {
+ public:
+  /// None where `layers` is null, or nobody watches.
+  explicit Noting(Layers* layers);
+  ~Noting();
+
+ private:
+  Layers* before_;
+  bool notes_;
+};
 
 /// Looks at one side of a layer; x may have any layout.
 void look(Layer& layer, int side, const Tensor& x);
@@ -144,42 +168,51 @@ void look(Layer& layer, int side, const Tensor& x);
 /// Looks at what the rows of y are like, the output of a softmax.
 void look_at_rows(Layer& layer, const Kind& kind, const Tensor& y);
 
-/// A look at a dense tensor by all layers that it belongs to. Of a sample every thread copies the part that it has just
+/// A look at a dense tensor by all layers that it belongs to. Every thread looks at the part of a sample that it has just
 /// computed, or is about to read: afterwards it would have to be fetched, run by run, from that thread's cache.
 class Sights {
  public:
   Sights() = default;
-  /// x outlives it.
-  Sights(const Layers& layers, int side, const Tensor& x) : side_(side), x_(&x) {
-    if (!layers.empty()) prepare(layers);
-  }
-  /// Elements [begin, end) are there, and this thread is at them.
+  Sights(const Sights&) = delete;
+  /// Of x; both outlive it.
+  void prepare(const Layers& layers, int side, const Tensor& x);
+  /// Elements [begin, end) are there, and this thread is at them; cut at multiples of Look::kRun.
   void part(int64_t begin, int64_t end) {
-    if (!samples_.empty()) copy(begin, end);
+    for (const Sample* s = first(); s; s = s->next.get()) s->kernel(s->x, s->look, begin, end, 0, s->glimpses, s->bins);
   }
   /// All are there: the look of those layers that have no sample.
   void whole() {
-    for (const auto& layer : others_) look(*layer, side_, *x_);
+    for (Layer* layer : others_) look(*layer, side_, *x_);
   }
-  /// All have been told of: the look at the samples.
+  /// All have been told of: what was found in the samples is added up.
   void together() {
-    if (!samples_.empty()) look_at_copies();
+    if (first()) add_up();
   }
 
  private:
-  struct Sample {
-    std::shared_ptr<Layer> layer;
+  // What the threads read begins with two lines of a cache, next to each other.
+  struct alignas(128) Sample {
+    LookKernel kernel = nullptr;
+    const void* x;
+    Glimpse* glimpses;
+    Bins* bins;
+    std::unique_ptr<Sample> next;
     Look look;
-    std::unique_ptr<char[]> runs;
+    Layer* layer;
+    std::unique_ptr<Glimpse[]> more;
+    std::unique_ptr<Bins[]> more_bins;
   };
-  void prepare(const Layers& layers);
-  void copy(int64_t begin, int64_t end);
-  void look_at_copies();
+  static constexpr int64_t kRuns = 32;
+  const Sample* first() const { return first_.kernel ? &first_ : nullptr; }
+  void add_up();
 
+  Sample first_;  // if there is one, it has a kernel
+  c10::SmallVector<Layer*, 1> others_;
   int side_ = 0;
   const Tensor* x_ = nullptr;
-  std::vector<Sample> samples_;
-  Layers others_;
+  // For the first sample, if it has no more runs.
+  Glimpse glimpses_[kRuns];
+  Bins bins_[kRuns];
 };
 
 /// While it lives, the next backward op of this thread belongs to these layers.

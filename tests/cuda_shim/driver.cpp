@@ -620,13 +620,17 @@ void check_look() {
             if (generator() % 2 == 0) x.p[i] = bits_of<T>(i % 3 ? 0.0 : 2.5);
           Look a = Look::at(n, sample, schedule);
           a.low = -0.5, a.high = 0.75, a.units = units, a.inner = 1 + schedule;
-          if (units == 7) a.thinned = 0;
+          if (units == 7) a.shown = false;
           Tally tally = {}, expected = {};
           const auto histogram = std::make_unique<Histogram>(), expected_histogram = std::make_unique<Histogram>();
           Buffer<Byte> flags(size_t(2 * units)), expected_flags(size_t(2 * units));
           memset(flags.p, 0, flags.n);
           memset(expected_flags.p, 0, flags.n);
-          cpu::kernels().look[T::dtype](x.p, a, 0, a.runs, &expected, expected_histogram.get(), expected_flags.p);
+          std::vector<Glimpse> glimpses(size_t(a.runs));
+          std::vector<Bins> bins(size_t(a.runs));
+          cpu::kernels().look[T::dtype](x.p, a, 0, n, 0, glimpses.data(), bins.data());
+          cpu::kernels().gather(a, 0, a.runs, glimpses.data(), bins.data(), &expected, expected_histogram.get(),
+                                expected_flags.p);
           expect(cuda::kernels().look[T::dtype](x.p, a, &tally, histogram.get(), flags.p, queue) == 0, "launch");
           expect(memcmp(&tally, &expected, offsetof(Tally, total)) == 0, "the counts are not the CPU's");
           expect(memcmp(histogram.get(), expected_histogram.get(), sizeof(Histogram)) == 0, "the histogram is not the CPU's");
