@@ -171,21 +171,29 @@ def test_rows_of_a_softmax(along: Row, dtype: torch.dtype, dim: int, isa: str, g
     assert layer.rows.entropy[0] == pytest.approx(terms.sum() / math.log(x.shape[dim]), rel=1e-5, abs=1e-9)
 
 
-def offset(call: int, j: int, n: int) -> int:
-    return (0xC13FA9A9 * call + 0x91E10DA5 * j) % 2**32 * n >> 32
+def fraction(call: int, j: int) -> int:
+    return (0xC13FA9A9 * call + 0x91E10DA5 * j) % 2**32
 
 
 def looked_at(n: int, sample: int, call: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The elements, in memory order: docs/sight.md."""
-    if n <= sample or n // max(1, sample // RUN) < RUN:
+    blocks, runs = -(-n // RUN), max(1, sample // RUN)
+    if n <= sample or runs >= blocks:
         return np.arange(n)
-    runs = max(1, sample // RUN)
-    spacing = n // runs
-    starts = [j * spacing + offset(call, j, spacing - RUN + 1) for j in range(runs)]
-    return np.concatenate([np.arange(start, start + RUN) for start in starts])
+    spacing = blocks * 2**32 // runs
+    starts = [(j * 2**32 + fraction(call, j)) * spacing // 2**64 * RUN for j in range(runs)]
+    at = np.concatenate([np.arange(start, start + RUN) for start in starts])
+    return at[at < n]
 
 
-@pytest.mark.parametrize("n", [1, 63, 256, 257, 5000, 70_000])
+def shown(tensors: list[Tensor], sample: int, before: int = 0) -> Any:
+    """The histogram: of all that is looked at, or of one sample of eight. It may have begun after so many calls."""
+    n = tensors[0].numel()
+    calls = [call for call in range(len(tensors)) if len(looked_at(n, sample, 0)) == n or fraction(call, 0) < 2**29]
+    return sum(counters(numbers(tensors[call]).reshape(-1)[looked_at(n, sample, before + call)]) for call in calls)
+
+
+@pytest.mark.parametrize("n", [1, 63, 200, 256, 257, 5000, 70_000])
 @pytest.mark.parametrize("sample", [64, 200, 4096])
 def test_a_sample(n: int, sample: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     model = fastact.ReLU()
@@ -204,12 +212,8 @@ def test_a_sample(n: int, sample: int, dtype: torch.dtype, generator: torch.Gene
         seen[at] = True
         assert (layer.units is None) == (n > MOST_UNITS)
         assert layer.units is None or (layer.units.seen[call] == seen).all()
-    shown = [looked_at(n, sample, call) for call in range(3)]
-    if len(shown[0]) < n:  # every fourth run
-        shown = [at.reshape(-1, RUN)[::4].reshape(-1) for at in shown]
     for side, tensors in ((layer.output, [torch.relu(x) for x in xs]), (layer.gradient_in, dys)):
-        expected = sum(counters(numbers(t)[at]) for t, at in zip(tensors, shown, strict=True))
-        assert (side.histogram == expected).all()
+        assert (side.histogram == shown(tensors, sample)).all()
 
 
 def test_histograms_are_those_of_training(generator: torch.Generator) -> None:
@@ -229,6 +233,28 @@ def test_histograms_are_those_of_training(generator: torch.Generator) -> None:
         assert layer.output.count.tolist() == [150] * len(calls)
         assert (layer.output.histogram == sum(counters(numbers(torch.tanh(x))) for x in shown)).all()
     assert layer.gradient_in.histogram.sum() == 300
+
+
+def test_histograms_of_samples(generator: torch.Generator) -> None:
+    """One of eight, as many of training as if there had been no evaluation before it."""
+    model = fastact.Tanh()
+    xs = [torch.randn(5000, generator=generator).requires_grad_() for _ in range(40)]
+    trains = [lambda x=x: model.train()(x).sum().backward() for x in xs]
+    evaluates = [lambda x=x: model.eval()(x) for x in xs]
+    assert 95 < sum(fraction(call, 0) < 2**29 for call in range(800)) < 105
+    for calls, before in ((trains, 0), (evaluates, 0), (evaluates[:11] + trains, 11), (trains + evaluates[:11], 0)):
+        layer = only(watched(model, *calls, sample=256))
+        expected = shown([torch.tanh(x) for x in xs], 256, before)
+        assert (layer.output.histogram == expected).all()
+        assert layer.gradient_in.histogram.sum() == (0 if calls is evaluates else expected.sum())
+
+
+@pytest.mark.parametrize(("n", "sample"), [(512, 512), (513, 512), (131_071, 512), (262_144, 1024), (3_000_000, 2048)])
+def test_how_many_are_looked_at_unless_said(n: int, sample: int) -> None:
+    model = fastact.ReLU()
+    layer = only(watched(model, lambda: model(torch.ones(n))))
+    assert layer.output.count.tolist() == [len(looked_at(n, sample, 0))]
+    assert abs(layer.output.count[0] - sample) < RUN
 
 
 def test_counters_made_in_inference_mode_are_no_inference_tensors() -> None:
@@ -260,7 +286,7 @@ def test_rows_of_a_sample(generator: torch.Generator) -> None:
     rows = only(watched(model, *[lambda: model(x)] * 100, sample=100)).rows
     assert rows is not None
     assert rows.count.tolist() == [10] * 100
-    assert rows.sure.tolist() == [sum(offset(call, j, 100) == 0 for j in range(10)) for call in range(100)]
+    assert rows.sure.tolist() == [sum(fraction(call, j) * 100 >> 32 == 0 for j in range(10)) for call in range(100)]
     assert 8 <= rows.sure.sum() <= 12
 
 
@@ -291,6 +317,30 @@ def test_units_of_a_sample(layout: str, generator: torch.Generator) -> None:
         assert layer.units is not None
         assert set(np.flatnonzero(layer.units.seen[call])) == set(unit)
         assert set(np.flatnonzero(layer.units.active[call])) == set(unit[values != 0])
+
+
+@pytest.mark.parametrize("sample", [None, 512])
+@pytest.mark.parametrize("units", [1, 7, 63, 64, 65, 100, 127, 128, 1000])
+def test_units_along_the_last_dim(units: int, sample: int | None, isa: str, generator: torch.Generator) -> None:
+    """However a run of 64 lies among them."""
+    x = torch.randn(2000 // units + 1, units, generator=generator) - 2
+    model = fastact.ReLU()
+    layer = only(watched(model, *[lambda: model(x)] * 3, sample=sample))
+    assert layer.units is not None
+    y = numbers(torch.relu(x)).reshape(-1)
+    for call in range(3):
+        at = looked_at(x.numel(), sample or x.numel(), call)
+        assert set(np.flatnonzero(layer.units.seen[call])) == set(at % units)
+        assert set(np.flatnonzero(layer.units.active[call])) == set(at[y[at] != 0] % units)
+
+
+@pytest.mark.parametrize("n", [257, 5000])
+def test_samples_come_everywhere(n: int) -> None:
+    model = fastact.ReLU()
+    x = torch.ones(n)
+    units = only(watched(model, *[lambda: model(x)] * 200, sample=200)).units
+    assert units is not None
+    assert units.seen.any(axis=0).all()
 
 
 @pytest.mark.cpu_only("the number of threads is the CPU's")
@@ -1066,6 +1116,6 @@ def test_the_gradient_of_what_torch_makes_of_several_operators(activation: type[
     """Autograd's last node knows no gradient of the input: better none than another."""
     model = activation()
     x = torch.randn(64, 16, requires_grad=True)
-    layer = only(watched(model, lambda: model(x).sum().backward()))
+    layer = only(watched(model, lambda: model(x).sum().backward(), sample=None))
     assert layer.gradient_in.count.sum() == 1024
     assert layer.gradient_out.count.sum() == 0

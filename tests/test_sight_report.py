@@ -875,7 +875,7 @@ def test_densities_leave_out_the_zeros_and_nothing_else(sample: int | None) -> N
     density, edges = plot._without_zeros(found.output)
     runs = found.output.histogram.sum() / 64
     assert edges[-1] == 1
-    assert runs == (1000 if sample is None else sample / 64 / 4)
+    assert runs == (1000 if sample is None else sample / 64)
     assert {int(i): density[i] / runs for i in np.flatnonzero(density)} == {32: 31, 63: 1}
 
 

@@ -7,7 +7,7 @@ sample of it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,7 +101,7 @@ class History:
     layers: list[Layer]
     unseen: list[tuple[str, str]]  # (path, why): activations of the model that were never seen at work
     every: int  # one of so many steps was recorded
-    sample: int | None  # at most so many elements of a tensor were looked at; None: all
+    sample: int | Literal["auto"] | None  # at most so many elements of a tensor were looked at; None: all
     ranks: int = 1  # processes whose counts are added up here
     environment: dict[str, Any] = field(default_factory=dict)
     loss: str | None = None  # name of the loss module, if the model tells

@@ -13,7 +13,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ from fastact import _C, _registry, modules
 from fastact.sight.history import BINS, History, Layer, Rows, Side, Units
 from fastact.sight.report import Report
 
-SAMPLE = 2048  # elements, so that what a share is off by is 1.1% at most for one step, and looking takes some microseconds
 PENDING = 64  # steps whose counters may wait on the host, as they came, before they are taken in
 _BY_RANK = -(2**63)
 
@@ -53,7 +52,7 @@ def monitor(
     model: nn.Module,
     every: int = 1,
     *,
-    sample: int | None = SAMPLE,
+    sample: int | Literal["auto"] | None = "auto",
     unit_dim: int | Mapping[str, int] | None = None,
     loss: str | nn.Module | None = None,
 ) -> Watch:
@@ -63,8 +62,8 @@ def monitor(
     A step ends with the `step()` of an optimizer that holds parameters of the model (while none has been seen, where the model
     is called after a backward pass, and parameters have changed or gradients are gone); in evaluation mode with every call; and
     with `watch.step()`. One of `every` steps is recorded. Of a tensor with more than `sample` elements about so many are looked
-    at, in runs of 64 neighbours spread evenly over it, other ones at every call; with `sample=None` all are, and all counts are
-    exact.
+    at, in runs of 64 neighbours spread evenly over it, other ones at every call. `"auto"` is a 256th of them, but at least 512
+    and at most 2,048. With `sample=None` all are looked at, and all counts are exact.
 
     Units, of which the dead ones are counted, lie along `unit_dim`: an int for all activations, or one by path; by default the
     second dim behind convolutions and normalisations over channels and of tensors with more than three dims, else the last.
@@ -143,10 +142,10 @@ class _Leave(_Hook):
 # their classes announces which module is at work.
 
 
-def _announcing(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _announcing(forward: Callable[..., Tensor], at_work: Callable[..., Tensor] = _C.at_work) -> Callable[..., Tensor]:
     @functools.wraps(forward)
     def announced(self: nn.Module, input: Tensor) -> Tensor:
-        return forward(self, input) if _compiling() else _C.at_work(forward, self, input)
+        return at_work(forward, self, input)
 
     return announced
 
@@ -190,13 +189,13 @@ class Watch:
         self,
         model: nn.Module,
         every: int,
-        sample: int | None,
+        sample: int | Literal["auto"] | None,
         unit_dim: int | Mapping[str, int] | None,
         loss: str | nn.Module | None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"monitor(): argument 'model' must be a torch.nn.Module, not {type(model).__name__}")
-        for name, number in (("every", every), ("sample", 1 if sample is None else sample)):
+        for name, number in (("every", every), ("sample", 1 if sample in ("auto", None) else sample)):
             if isinstance(number, bool) or not isinstance(number, int):
                 raise TypeError(f"monitor(): argument '{name}' must be int, not {type(number).__name__}")
             if number < 1:
@@ -209,7 +208,7 @@ class Watch:
         self._model = weakref.ref(model)
         self._parameters = [weakref.ref(p) for p in model.parameters()]
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # of the model, that have made a step
-        self._core: Any = _C.Monitor(sample or 0)
+        self._core: Any = _C.Monitor(-1 if sample == "auto" else sample or 0)
         self._places: list[_Place] = []
         self._handles: list[Any] = []
         self._done: list[_Step] = []
