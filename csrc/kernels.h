@@ -148,8 +148,8 @@ struct Look {
   bool shown;            // in the histogram
   static constexpr uint64_t kDense = uint64_t(1) << 32;
 
-  // Instead of a number of elements: all, and as many as cost a twentieth of what the activation itself costs in the cache. To
-  // look at an element takes as long as to compute ten.
+  // Instead of a number of elements: all; and as many as cost little beside what the activation itself costs, so fewer of a
+  // small tensor.
   static constexpr int64_t kAll = 0, kAuto = -1;
   static constexpr int64_t sample_of(int64_t sample, int64_t n) {
     if (sample != kAuto) return sample == kAll ? n : sample;
