@@ -732,7 +732,7 @@ def test_the_table_has_a_line_per_layer(random: np.random.Generator) -> None:
     assert h.layers[1].name.endswith(end)
     f = report.figures[0]
     assert lines[1].split()[1:5] == ["tanh", f"{f['saturated_low']:.1%}"[:-1], f"{f['saturated_high']:.1%}"[:-1], "0.0"]
-    assert "1/5" in lines[2]
+    assert f"{report.figures[1]['dead_units']}/5" in lines[2]
     assert re.search(r"^d: 28 rows, \d+\.\d% sure \(p > 0.99\), mean entropy [\d.]+ log n, 1 rows of NaN$", str(report), re.M)
     looked_at = "Looked at: 4 steps (0 to 4) in training mode, all elements. 2 steps in evaluation mode are in rows() only. "
     assert report.looked_at() == looked_at + "Not seen at all: head.act."
