@@ -187,9 +187,10 @@ def looked_at(n: int, sample: int, call: int) -> np.ndarray[Any, np.dtype[np.int
 
 
 def shown(tensors: list[Tensor], sample: int, before: int = 0) -> Any:
-    """The histogram: of all that is looked at, or of one sample of eight. It may have begun after so many calls."""
+    """The histogram: of all that is looked at, or of the first eight samples and one of eight. It may have begun after so many
+    calls."""
     n = tensors[0].numel()
-    calls = [call for call in range(len(tensors)) if len(looked_at(n, sample, 0)) == n or fraction(call, 0) < 2**29]
+    calls = [call for call in range(len(tensors)) if call < 8 or len(looked_at(n, sample, 0)) == n or fraction(call, 0) < 2**29]
     return sum(counters(numbers(tensors[call]).reshape(-1)[looked_at(n, sample, before + call)]) for call in calls)
 
 
@@ -236,9 +237,9 @@ def test_histograms_are_those_of_training(generator: torch.Generator) -> None:
 
 
 def test_histograms_of_samples(generator: torch.Generator) -> None:
-    """One of eight, as many of training as if there had been no evaluation before it."""
+    """Of training as many samples as if there had been no evaluation before it."""
     model = fastact.Tanh()
-    xs = [torch.randn(5000, generator=generator).requires_grad_() for _ in range(40)]
+    xs = [torch.randn(80 * RUN, generator=generator).requires_grad_() for _ in range(40)]
     trains = [lambda x=x: model.train()(x).sum().backward() for x in xs]
     evaluates = [lambda x=x: model.eval()(x) for x in xs]
     assert 95 < sum(fraction(call, 0) < 2**29 for call in range(800)) < 105

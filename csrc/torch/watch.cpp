@@ -23,7 +23,8 @@ constexpr int64_t kMostUnits = (65536 - int64_t(sizeof(Ledger)) - kSides * int64
 constexpr int64_t kChunk = 1 << 18;
 constexpr int64_t kMostCounted = int64_t(1) << 32;
 constexpr size_t kMostWidths = 4;
-// So many samples of 2^32 go into the histogram, spread evenly over the calls.
+// Samples that go into the histogram: the first ones, and so many of 2^32, spread evenly over the calls.
+constexpr int64_t kShownFirst = 8;
 constexpr uint32_t kShown = uint32_t(1) << 29;
 // What torch.func would have to do with the counters, were they its tensors.
 constexpr c10::DispatchKeySet kTransforms({c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
@@ -178,7 +179,7 @@ Look next_look(Layer& layer, int side, const Tensor& x) {
   if (training || !trained) {
     const int64_t number = training && !trained ? 0 : layer.shown[side].load();
     set(layer.shown[side], number + 1);
-    a.shown = a.spacing == Look::kDense || generic::fraction_of(number, 0) < kShown;
+    a.shown = a.spacing == Look::kDense || number < kShownFirst || generic::fraction_of(number, 0) < kShown;
   } else {
     a.shown = false;
   }
