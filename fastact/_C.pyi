@@ -5,7 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+ALL: int
+AUTO: int
 MOST_PIECES: int
+MOST_SAMPLED: int
 SATURATED: float
 TEMPERATURE_EXPONENT: int
 

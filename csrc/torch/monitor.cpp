@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <set>
@@ -265,6 +266,9 @@ void define_monitor(py::module_& m) {
   m.attr("at_work") = py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr));
   m.def("monitors", [] { return watch::monitors.load(); }, "How many are open.");
   m.attr("SATURATED") = watch::kSaturated;
+  m.attr("AUTO") = Look::kAuto;
+  m.attr("ALL") = Look::kAll;
+  m.attr("MOST_SAMPLED") = Look::sample_of(Look::kAuto, std::numeric_limits<int64_t>::max());
 }
 
 }  // namespace fastact

@@ -208,7 +208,7 @@ class Watch:
         self._model = weakref.ref(model)
         self._parameters = [weakref.ref(p) for p in model.parameters()]
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # of the model, that have made a step
-        self._core: Any = _C.Monitor(-1 if sample == "auto" else sample or 0)
+        self._core: Any = _C.Monitor(_C.AUTO if sample == "auto" else _C.ALL if sample is None else sample)
         self._places: list[_Place] = []
         self._handles: list[Any] = []
         self._done: list[_Step] = []

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fastact import _C
 from fastact.sight import figures
 from fastact.sight.figures import SIDES, Figure
 from fastact.sight.history import History, Layer, Side
@@ -113,8 +114,8 @@ class Report:
         every = f", one of {self.history.every} recorded" if self.history.every > 1 else ""
         span = f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps ({steps[0]} to {steps[-1]}{every})"
         sample = self.history.sample
-        most = "2,048" if sample == "auto" else f"{sample:,}" if sample else "all"
-        elements = "all elements" if sample is None else f"at most {most} elements of a tensor"
+        most = _C.MOST_SAMPLED if sample == "auto" else sample
+        elements = "all elements" if most is None else f"at most {most:,} elements of a tensor"
         ranks = f", {self.history.ranks} ranks together" if self.history.ranks > 1 else ""
         yield f"Looked at: {span} in {'training' if training else 'evaluation'} mode, {elements}{ranks}"
         others = {int(s) for layer in layers for s in layer.steps} - set(map(int, steps))
