@@ -80,7 +80,7 @@ class Pool final : public c10::Allocator {
     const size_t size = rounded(bytes);
     void* data = take(size);
     if (!data) {
-      data = map(size);
+      data = obtain(size);
       const std::lock_guard<std::mutex> lock(mutex_);
       free_.reserve(free_.size() + used_.size() + 1);  // for the day it is free, when nothing may throw
       enter(data, size);
@@ -159,7 +159,7 @@ class Pool final : public c10::Allocator {
           }
         }
       }
-      munmap(leaving.data, leaving.size);
+      release(leaving);
       if (leaving.data == data) return;
     }
   }
@@ -186,7 +186,7 @@ class Pool final : public c10::Allocator {
         if (held_ <= bytes) return;
         leaving = oldest();
       }
-      munmap(leaving.data, leaving.size);
+      release(leaving);
     }
   }
 
@@ -197,19 +197,24 @@ class Pool final : public c10::Allocator {
     c10::reportMemoryUsageToProfiler(data, size, in_use, in_use + now.held, c10::Device(c10::kCPU));
   }
 
-  void* map(size_t size) {
+  void* obtain(size_t size) {
+    void* data = fresh(size);
+    if (!data) {
+      empty_cache();
+      data = fresh(size);
+    }
+    TORCH_CHECK(data, "fastact: can't allocate memory: you tried to allocate ", size, " bytes. Error code ", errno, " (",
+                std::strerror(errno), ")");
+    return data;
+  }
+
+  /// Null where there is none.
+  void* fresh(size_t size) {
+    if (size < kLarge) return std::aligned_alloc(c10::gAlignment, size);
     // Aligned to a huge page, of which there is none in a block that only covers parts of two.
     const size_t slack = huge_pages_ ? kHugePage : 0;
-    const auto reserve = [&] {
-      return mmap(nullptr, size + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    };
-    void* start = reserve();
-    if (start == MAP_FAILED) {
-      empty_cache();
-      start = reserve();
-    }
-    TORCH_CHECK(start != MAP_FAILED, "fastact: can't allocate memory: you tried to allocate ", size, " bytes. Error code ",
-                errno, " (", std::strerror(errno), ")");
+    void* const start = mmap(nullptr, size + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED) return nullptr;
     if (!slack) return start;
     char* const begin = static_cast<char*>(start);
     char* const data = begin + (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
@@ -219,6 +224,13 @@ class Pool final : public c10::Allocator {
     madvise(data, size, MADV_HUGEPAGE);  // advice: a kernel without huge pages may decline it
 #endif
     return data;
+  }
+
+  static void release(const Block& block) {
+    if (block.size < kLarge)
+      std::free(block.data);
+    else
+      munmap(block.data, block.size);
   }
 
   std::mutex mutex_;         // of all that follows
