@@ -2,7 +2,8 @@
 
 Training steps of a convolutional network, and single activations forward and backward, each without a monitor, with
 `fastact.monitor` recording every step, and with a forward hook that takes three figures of every output to the host, as common
-monitors do. The three take turns.
+monitors do. The three take turns. Single activations are timed in several processes, since where a process has its memory makes
+a difference that lasts as long as it does.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +22,22 @@ from torch import Tensor, nn
 
 import fastact
 from fastact.bench.environment import Neighbours, environment
+from fastact.bench.processes import Worker
 from fastact.bench.report import save
 
-SIZES = (100_000, 1_000_000)
+SIZES = (10_000, 100_000, 1_000_000)
 OPS = ("relu", "sigmoid", "tanh")
 PLAIN, MONITOR, HOOK = "no monitor", "fastact.monitor", "hook with .item()"
 HEAD = f"| | {PLAIN}, us | {MONITOR} | {HOOK} |\n| --- | --- | --- | --- |"
 
 
+Seconds = dict[str, list[float]]
+
+
 @dataclass(frozen=True)
 class Row:
     what: str
-    seconds: dict[str, list[float]]
+    seconds: Seconds
 
     def ratio(self, name: str) -> float:
         """Median over the rounds of the time beside that without a monitor in the same round."""
@@ -99,9 +104,9 @@ def alone(activation: Callable[[], nn.Module], elements: int, calls: int) -> Cal
     return Alone
 
 
-def measure(what: str, make: Callable[[], nn.Module], rounds: int, calls: int = 1) -> Row:
+def measure(make: Callable[[], nn.Module], rounds: int, calls: int = 1) -> Seconds:
     """Seconds per call, of so many in one call of the model."""
-    seconds: dict[str, list[float]] = {PLAIN: [], MONITOR: [], HOOK: []}
+    seconds: Seconds = {PLAIN: [], MONITOR: [], HOOK: []}
     models = {name: make() for name in seconds}
     for module in models[HOOK].modules():
         if isinstance(module, fastact.ReLU | fastact.Sigmoid | fastact.Tanh):
@@ -114,34 +119,49 @@ def measure(what: str, make: Callable[[], nn.Module], rounds: int, calls: int = 
                 begin = time.perf_counter()
                 models[name]()
                 seconds[name].append((time.perf_counter() - begin) / calls)
-    return Row(what, seconds)
+    return seconds
+
+
+def module_of(op: str) -> Callable[[], nn.Module]:
+    return getattr(fastact, fastact._registry.rows[op].class_name)  # type: ignore[no-any-return]
+
+
+def measure_alone(op: str, elements: int, rounds: int, threads: int) -> Seconds:
+    torch.set_num_threads(threads)
+    calls = max(200, 20_000_000 // elements)  # in one step, whose end counts with the training steps
+    return measure(alone(module_of(op), elements, calls), rounds, calls)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastact.bench.sight", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=15, help="in every process, default: %(default)s")
+    parser.add_argument("--processes", type=int, default=5, help="for single activations, default: %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--small", action="store_true", help="a network and tensors for a test")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the times and the environment here")
     args = parser.parse_args(arguments)
-    if min(args.rounds, args.threads) < 1:
-        parser.error("--rounds and --threads must be at least 1")
+    if min(args.rounds, args.processes, args.threads) < 1:
+        parser.error("--rounds, --processes and --threads must be at least 1")
     torch.set_num_threads(args.threads)
     neighbours = Neighbours()
     scale = {"batch": 4, "size": 8, "channels": 4} if args.small else {"batch": 64, "size": 64, "channels": 64}
-    sizes = (100_000,) if args.small else SIZES
+    sizes = SIZES[:1] if args.small else SIZES
     print(HEAD)
-    rows = []
-    for op in OPS:
-        activation = getattr(fastact, fastact._registry.rows[op].class_name)
-        for elements in sizes:
-            calls = max(1, 20_000_000 // elements)  # in one step, whose end counts with the training steps
-            rows.append(measure(f"{op}, {elements:,} elements", alone(activation, elements, calls), args.rounds, calls))
-            print(rows[-1].line(), flush=True)
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        print(row.line(), flush=True)
+
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker()) for _ in range(args.processes)]
+        for op in OPS:
+            for elements in sizes:
+                of_each = [worker(measure_alone, op, elements, args.rounds, args.threads) for worker in workers]
+                together = {name: [s for seconds in of_each for s in seconds[name]] for name in of_each[0]}
+                add(Row(f"{op}, {elements:,} elements", together))
     for op in ("relu", "sigmoid"):
-        activation = getattr(fastact, fastact._registry.rows[op].class_name)
-        rows.append(measure(f"training step, {op}", training(activation, **scale), args.rounds))
-        print(rows[-1].line(), flush=True)
+        add(Row(f"training step, {op}", measure(training(module_of(op), **scale), args.rounds)))
     notes = neighbours.notes()
     print("\n".join(["", *notes]))
     if args.json:
