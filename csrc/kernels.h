@@ -161,13 +161,15 @@ struct Look {
     sample = sample_of(sample, n);
     const int64_t blocks = (n + kRun - 1) / kRun, runs = sample / kRun > 0 ? sample / kRun : 1;
     if (n <= sample || runs >= blocks) return {n, blocks, kDense, 0, 0, 0, 0, 1, true};
-    return {n, runs, uint64_t(((unsigned __int128)(blocks) << 32) / uint64_t(runs)), phase, 0, 0, 0, 1, true};
+    const uint64_t whole = uint64_t(blocks / runs), rest = uint64_t(blocks % runs);
+    return {n, runs, (whole << 32) + (rest << 32) / uint64_t(runs), phase, 0, 0, 0, 1, true};
   }
 };
 
 /// What one run is like: a line of a cache, so that one thread can write it for another.
 struct alignas(64) Glimpse {
-  double total, squares, largest, smallest;  // of the finite elements
+  double total, squares;                     // of the finite elements
+  double largest, smallest;                  // of those too, of this run or of all that were looked at together up to it
   uint64_t active, shown;                    // bit k: element k is not 0, and is finite too
   uint8_t length, low, high, nan, infinite;  // counts
 };
@@ -214,7 +216,7 @@ struct RowLook {
 /// and, where all is shown, to bins[j - first].
 using LookKernel = void (*)(const void* x, const Look&, int64_t begin, int64_t end, int64_t first, Glimpse*, Bins*);
 /// Adds up what was found of runs [first, end). `units`: a byte each, 1 where one of its elements was looked at, then as many,
-/// 1 where one of these was not 0.
+/// 1 where one of these was not 0, and kRun more that are left as they are, but not to others.
 using GatherKernel = void (*)(const Look&, int64_t first, int64_t end, const Glimpse*, const Bins*, Tally*, Histogram*,
                               uint8_t* units);
 using RowLookKernel = void (*)(const void* y, RowLook, RowTally*);

@@ -43,9 +43,10 @@ FASTACT_FN int64_t pattern(double x) {
   return bits;
 }
 
-/// Integers in the order of the numbers, above 0: the largest key so far may start as 0.
+/// Integers in the order of the numbers, above 0: the largest key so far may start as 0. That of -0 is that of 0, so that it is
+/// the same whichever of the two came first.
 FASTACT_FN uint64_t key(double x) {
-  const uint64_t bits = uint64_t(pattern(x));
+  const uint64_t bits = uint64_t(pattern(x + 0.0));
   return bits ^ (bits >> 63 ? ~uint64_t(0) : uint64_t(1) << 63);
 }
 

@@ -58,21 +58,6 @@ FASTACT_FN int count_of(uint64_t bits) {
 #endif
 }
 
-/// Up to kRun neighbours in memory, as vectors; behind its end there is NaN.
-template <class S>
-struct Run {
-  using V = LaneOf<S>;
-  static constexpr int kMost = int(Look::kRun);
-  const S* p;
-  int length;
-
-  FASTACT_FN Run(const S* p_, int64_t n) : p(p_), length(n < kMost ? int(n) : kMost) {}
-  FASTACT_FN V vector(int k) const {
-    if (k + V::lanes <= length) return load(p + k);
-    return k < length ? load_part(p + k, length - k, V(kNaN)) : V(kNaN);
-  }
-};
-
 template <class T, int N>
 FASTACT_FN void store_bins(uint16_t* to, Lanes<T, N> v) {
   constexpr bool single = sizeof(T) == 4;
@@ -83,45 +68,78 @@ FASTACT_FN void store_bins(uint16_t* to, Lanes<T, N> v) {
   __builtin_memcpy(to, &narrow, sizeof narrow);
 }
 
+// Between two looks whatever lies in the caches is lost, code as well as data: what is short is fast here, so that no loop is
+// unrolled, and what is rare stands apart.
+
 template <class S>
-FASTACT_FN void look_at(const Run<S>& run, const Look& a, Glimpse& found, Bins* bins) {
+[[gnu::noinline]] void store_bins(const S* p, Bins& bins) {
+#pragma GCC unroll 1
+  for (int k = 0; k < Look::kRun; k += LaneOf<S>::lanes) store_bins(bins.at + k, load(p + k));
+}
+
+template <class V>
+struct Extremes {
+  V largest, smallest;
+  FASTACT_FN Extremes() : largest(-kInfinity), smallest(kInfinity) {}
+};
+
+/// At kRun neighbours in memory, of which `length` are elements and the rest is NaN; the largest and the smallest are kept
+/// apart. With kFinite false, and nothing found, where not all of them are finite.
+template <bool kFinite, class S>
+FASTACT_FN bool look_at(const S* p, int length, const Look& a, Glimpse& found, Extremes<LaneOf<S>>& extremes) {
   using V = LaneOf<S>;
-  using Counts = typename V::Bits;
-  const V low(a.low), high(a.high);
-  const bool squashing = a.low == a.low;
-  Counts counts = {};  // of a lane: low ones in the low byte, high ones in the next; neither is above 64
-  V largest(-kInfinity), smallest(kInfinity);
+  const V low(a.low), high(a.high), infinity(kInfinity), zero(0);
+  Extremes<V> e = extremes;
   Doubles totals = {Double(0), Double(0)}, squares = totals;
-  uint64_t active = 0, finite = 0, nan = 0;
-#pragma GCC unroll 32
-  for (int k = 0; k < Run<S>::kMost; k += V::lanes) {
-    const V v = run.vector(k), zero(0);
-    const auto is_finite = abs(v) < V(kInfinity);
-    if (squashing) counts += ((v <= low).bits & 1) + ((v >= high).bits & 1 << 8);
-    largest = max(select(is_finite, v, V(-kInfinity)), largest);
-    smallest = min(select(is_finite, v, V(kInfinity)), smallest);
-    const V number = select(is_finite, v, zero);
-    const Doubles wide = doubles_of(number);
+  uint64_t active = 0, above = 0, below = 0, finite = 0, nan = 0;
+#pragma GCC unroll 1
+  for (int k = 0; k < Look::kRun; k += V::lanes) {
+    const V v = load(p + k);
+    const auto number_or = [&](V other) {
+      if constexpr (kFinite) return v;
+      return select(abs(v) < infinity, v, other);
+    };
+    e.largest = max(number_or(-infinity), e.largest);
+    e.smallest = min(number_or(infinity), e.smallest);
+    const Doubles wide = doubles_of(number_or(zero));
     totals.a = totals.a + wide.a, totals.b = totals.b + wide.b;
     squares.a = fma(wide.a, wide.a, squares.a), squares.b = fma(wide.b, wide.b, squares.b);
     active |= uint64_t(which_differ(v, zero)) << k;
-    finite |= uint64_t(which_less(abs(v), V(kInfinity))) << k;
-    nan |= uint64_t(which_differ(v, v)) << k;
-    if (a.shown) store_bins(bins->at + k, v);
+    above |= uint64_t(which_less(low, v)) << k;
+    below |= uint64_t(which_less(v, high)) << k;
+    if constexpr (!kFinite) {
+      finite |= uint64_t(which_less(abs(v), infinity)) << k;
+      nan |= uint64_t(which_differ(v, v)) << k;
+    }
   }
-  const uint64_t there = ~uint64_t(0) >> (Run<S>::kMost - run.length);
-  uint32_t levels = 0;
-  for (int l = 0; l < V::lanes; ++l) levels += uint32_t(counts[l]);
+  const double square = of_lanes(squares.a + squares.b, sum);
+  if (kFinite && !(square < kInfinity)) return false;
+  if (kFinite) finite = ~uint64_t(0);
+  const uint64_t there = ~uint64_t(0) >> (Look::kRun - length);
+  extremes = e;
   found.total = of_lanes(totals.a + totals.b, sum);
-  found.squares = of_lanes(squares.a + squares.b, sum);
-  found.largest = double(of_lanes(largest, larger));
-  found.smallest = double(of_lanes(smallest, smaller));
+  found.squares = square;
   found.active = active & there;
-  found.length = uint8_t(run.length);
-  found.low = uint8_t(levels), found.high = uint8_t(levels >> 8);
+  found.shown = finite & active;
+  found.length = uint8_t(length);
+  const bool squashing = a.low == a.low;
+  found.low = squashing ? uint8_t(count_of(~(above | nan))) : 0;
+  found.high = squashing ? uint8_t(count_of(~(below | nan))) : 0;
   found.nan = uint8_t(count_of(nan & there));
   found.infinite = uint8_t(count_of(~(finite | nan)));
-  found.shown = finite & active;
+  return true;
+}
+template <class S>
+[[gnu::noinline]] void look_carefully(const S* p, int length, const Look& a, Glimpse& found, Extremes<LaneOf<S>>& extremes) {
+  look_at<false>(p, length, a, found, extremes);
+}
+
+/// The last run of a tensor, brought to kRun elements.
+template <class S>
+[[gnu::noinline]] const S* filled_up(const S* p, int length, S* to) {
+  __builtin_memset(to, 0xff, uint64_t(Look::kRun) * sizeof(S));  // NaN, in every format
+  __builtin_memcpy(to, p, uint64_t(length) * sizeof(S));
+  return to;
 }
 
 /// Fetches the run that begins at element i: it may be far away by now, or in the cache of another core.
@@ -137,15 +155,25 @@ void look(const void* x_, const Look& a, int64_t begin, int64_t end, int64_t fir
   constexpr int kAhead = 8;
   const S* const x = static_cast<const S*>(x_);
   // Runs before this one begin before.
-  int64_t j = begin == 0 ? 0 : begin / Look::kRun * a.runs / ((a.n + Look::kRun - 1) / Look::kRun);
-  for (int k = 0; k < kAhead; ++k) fetch(x, start_of(a, j + k), end);
-  for (; j < a.runs; ++j) {
+  const int64_t from = begin == 0 ? 0 : begin / Look::kRun * a.runs / ((a.n + Look::kRun - 1) / Look::kRun);
+  Extremes<LaneOf<S>> extremes;
+  Glimpse* last = nullptr;
+  for (int64_t j = from, ahead = from; j < a.runs; ++j) {
+    for (; ahead < j + kAhead && ahead < a.runs; ++ahead) fetch(x, start_of(a, ahead), end);
     const int64_t i = start_of(a, j);
     if (i >= end) break;
     if (i < begin) continue;
-    fetch(x, start_of(a, j + kAhead), end);
-    look_at(Run<S>(x + i, a.n - i), a, glimpses[j - first], bins + (j - first));
+    const int length = a.n - i < Look::kRun ? int(a.n - i) : int(Look::kRun);
+    S part[Look::kRun];
+    const S* const p = length < Look::kRun ? filled_up(x + i, length, part) : x + i;
+    last = glimpses + (j - first);
+    last->largest = -kInfinity, last->smallest = kInfinity;
+    if (length < Look::kRun || !look_at<true>(p, length, a, *last, extremes)) look_carefully(p, length, a, *last, extremes);
+    if (a.shown) store_bins(p, bins[j - first]);
   }
+  if (!last) return;
+  last->largest = double(of_lanes(extremes.largest, larger));
+  last->smallest = double(of_lanes(extremes.smallest, smaller));
 }
 
 // ---- What was found --------------------------------------------------------------------------------------------------------
@@ -175,40 +203,10 @@ FASTACT_FN Flags flags_of(uint64_t bits) {
 #endif
 }
 
-/// to[k] |= bit k, of the first `count` bytes.
-FASTACT_FN void raise(uint8_t* to, int64_t count, uint64_t bits) {
-  Flags flags = flags_of(bits);
-  if (count < Look::kRun) {
-    for (int64_t k = 0; k < count; ++k) to[k] |= flags[k];
-    return;
-  }
-  Flags before;
-  __builtin_memcpy(&before, to, sizeof before);
-  flags |= before;
-  __builtin_memcpy(to, &flags, sizeof flags);
-}
-FASTACT_FN void raise(uint8_t* units, const Look& a, int64_t at, uint64_t seen, uint64_t active) {
-  raise(units + at, a.units - at, seen);
-  raise(units + a.units + at, a.units - at, active);
-}
-
-/// The run's first element is number i of the tensor.
-FASTACT_FN void add(const Glimpse& found, const Look& a, int64_t i, uint8_t* units) {
+/// Of elements that go through the units in turns of which each has `inner` of a unit.
+[[gnu::noinline]] void add_lines(const Glimpse& found, const Look& a, int64_t i, uint8_t* units) {
   const int64_t line = divided(i, a.inner);
   int64_t unit = remainder_of(line, a.units);
-  if (a.inner == 1) {
-    const uint64_t seen = first_bits(found.length);
-    const int64_t before_first = a.units - unit;  // elements to the next turn of the units
-    if (before_first >= Look::kRun) return raise(units, a, unit, seen, found.active);
-    if (a.units >= Look::kRun) {
-      const int64_t shift = Look::kRun - before_first;
-      raise(units, a, a.units - Look::kRun, seen << shift, found.active << shift);
-      return raise(units, a, 0, seen >> before_first, found.active >> before_first);
-    }
-    uint64_t all_seen = seen << unit, all_active = found.active << unit;
-    for (int64_t k = before_first; k < Look::kRun; k += a.units) all_seen |= seen >> k, all_active |= found.active >> k;
-    return raise(units, a, 0, all_seen, all_active);
-  }
   uint64_t left = found.active;
   int64_t next = (line + 1) * a.inner - i;  // elements to the next unit
   for (int k = 0; k < found.length;) {
@@ -220,6 +218,33 @@ FASTACT_FN void add(const Glimpse& found, const Look& a, int64_t i, uint8_t* uni
     k += part;
     unit = unit + 1 < a.units ? unit + 1 : 0;
     next = a.inner;
+  }
+}
+
+/// The run's first element is number i of the tensor.
+FASTACT_FN void add(const Glimpse& found, const Look& a, int64_t i, uint8_t* units) {
+  if (a.inner != 1) return add_lines(found, a, i, units);
+  int64_t unit = remainder_of(i, a.units), next = a.units - unit;  // elements to the next turn
+  uint64_t seen[] = {first_bits(found.length), found.active};
+  if (a.units < Look::kRun) {  // turns are put on top of each other
+    for (uint64_t& bits : seen) {
+      uint64_t all = bits << unit;
+      for (int64_t k = next; k < Look::kRun; k += a.units) all |= bits >> k;
+      bits = all & first_bits(a.units);
+    }
+    unit = 0, next = Look::kRun;
+  }
+  for (;;) {
+    for (int which = 0; which < 2; ++which) {
+      uint8_t* const to = units + which * a.units + unit;
+      Flags flags;
+      __builtin_memcpy(&flags, to, sizeof flags);
+      flags |= flags_of(seen[which] & first_bits(next));
+      __builtin_memcpy(to, &flags, sizeof flags);
+    }
+    if (next >= Look::kRun) return;
+    for (uint64_t& bits : seen) bits >>= next;
+    unit = 0, next = Look::kRun;
   }
 }
 

@@ -91,6 +91,7 @@ struct CPU {
     const char* from = static_cast<const char*>(x.const_data_ptr());
     char* to = static_cast<char*>(y.mutable_data_ptr());
     parallel_elements(x.numel(), kRows[row].costly ? kCostlyGrain : kGrain, [&](int64_t begin, int64_t end) {
+      if (seen) seen->fetch();
       kernel(from + begin * size, to + begin * size, end - begin, parameters);
       if (seen) seen->part(begin, end);
     });
@@ -104,6 +105,7 @@ struct CPU {
     const char* kept = static_cast<const char*>(saved.const_data_ptr());
     char* to = static_cast<char*>(dx.mutable_data_ptr());
     parallel_elements(dy.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      if (dx_seen) dx_seen->fetch();
       if (dy_seen) dy_seen->part(begin, end);
       kernel(from + begin * size, kept + begin * size, to + begin * size, end - begin, parameters);
       if (dx_seen) dx_seen->part(begin, end);
@@ -192,7 +194,7 @@ struct CPU {
       Glimpse glimpses[kRuns];
       Bins bins[kRuns];
       const auto counts = std::make_unique<Histogram>();
-      std::vector<uint8_t> flags(2 * a.units);
+      std::vector<uint8_t> flags(2 * a.units + Look::kRun);
       for (int64_t j = begin * kPiece; j < std::min(a.runs, end * kPiece); j += kRuns) {
         const int64_t next = std::min(a.runs, j + kRuns);
         kernel(from, a, j * Look::kRun, next * Look::kRun, j, glimpses, bins);
@@ -201,7 +203,7 @@ struct CPU {
       const std::lock_guard<std::mutex> lock(mutex);
       for (int sign : {0, 1})
         for (int bin = 0; bin < Histogram::kBins; ++bin) histogram->counts[sign][bin] += counts->counts[sign][bin];
-      for (size_t k = 0; k < flags.size(); ++k) units[k] |= flags[k];
+      for (int64_t k = 0; k < 2 * a.units; ++k) units[k] |= flags[k];
     });
     for (const Tally& t : tallies) {
       tally->count += t.count, tally->zeros += t.zeros, tally->low += t.low, tally->high += t.high;

@@ -113,7 +113,8 @@ template <class Device>
 [[gnu::noinline]] void watched_forward(int row, DType dtype, const Tensor& x, const Tensor& y, const double* parameters) {
   watch::Kind kind{kRows[row].name, row};
   std::copy_n(parameters, kRows[row].arity(), kind.parameters);
-  const watch::Layers layers = watch::layers_of(kind, y);
+  watch::Layers room;
+  const watch::Layers& layers = watch::layers_of(kind, y, room);
   Sights seen;
   seen.prepare(layers, kOutput, y);
   Device::forward(row, dtype, x, y, parameters, &seen);
@@ -221,7 +222,8 @@ Tensor softmax(int row, const Tensor& x, int64_t dim, const SoftmaxOptions& opti
     if (in.numel() > 0) Device::softmax(row, dtype, in, out, shape_of(in, dim), options);
     if (!watch::active()) return;
     const watch::Kind kind{.name = name, .along_dim = true, .logarithms = kSoftmaxes[row].logarithms, .dim = dim};
-    for (const auto& layer : watch::layers_of(kind, out)) {
+    watch::Layers room;
+    for (const auto& layer : watch::layers_of(kind, out, room)) {
       watch::look(*layer, kOutput, out);
       watch::look_at_rows(*layer, kind, out);
     }

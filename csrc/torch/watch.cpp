@@ -18,8 +18,8 @@ std::atomic<int> monitors{0};
 
 namespace {
 
-// A layer takes at most 64 KiB: its ledger, its histograms, two bytes per unit.
-constexpr int64_t kMostUnits = (65536 - int64_t(sizeof(Ledger)) - kSides * int64_t(sizeof(Histogram))) / 2;
+// A layer takes at most 64 KiB: its ledger, its histograms, two bytes per unit and what lies behind them.
+constexpr int64_t kMostUnits = (65536 - int64_t(sizeof(Ledger)) - kSides * int64_t(sizeof(Histogram)) - Look::kRun) / 2;
 constexpr int64_t kChunk = 1 << 18;
 constexpr int64_t kMostCounted = int64_t(1) << 32;
 constexpr size_t kMostWidths = 4;
@@ -37,9 +37,16 @@ struct Frame {
   int64_t scope;
   int64_t next = 0;
 };
-thread_local std::vector<Frame> frames;
-thread_local Layers* noting = nullptr;
-thread_local const Layers* next_backward = nullptr;
+/// Of a thread. In a library that is loaded later, every access to what is thread_local is a call.
+struct Here {
+  std::vector<Frame> frames;
+  Layers* noting = nullptr;
+  const Layers* backward = nullptr;
+};
+Here& here() {
+  thread_local Here only;
+  return only;
+}
 
 const Eyes*& eyes(c10::DeviceType type) {
   static const Eyes* all[int(c10::DeviceType::COMPILE_TIME_MAX_DEVICE_TYPES)] = {};
@@ -104,7 +111,7 @@ Width width_of(const Tensor& y, int64_t unit_dim) {
 
 std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, Width width, const Kind& kind, const Tensor& y) {
   const auto [dim, units] = width;
-  const int64_t bytes = (int64_t(sizeof(Ledger)) + 2 * units + 63) / 64 * 64;
+  const int64_t bytes = (int64_t(sizeof(Ledger)) + 2 * units + Look::kRun + 63) / 64 * 64;
   const c10::InferenceMode counters_outlive_it(false);
   const c10::impl::ExcludeDispatchKeyGuard and_transforms(kTransforms);
   std::deque<Chunk>& chunks = m.chunks[y.device().str()];
@@ -244,11 +251,12 @@ bool Monitor::enter(int64_t scope, bool training) {
     if (!s.running) set(s.training, training);
   }
   set(s.running, true);
-  if (s.recording) frames.push_back({shared_from_this(), scope});
+  if (s.recording) here().frames.push_back({shared_from_this(), scope});
   return true;
 }
 
 int64_t Monitor::leave(int64_t scope) {
+  auto& frames = here().frames;
   for (size_t k = frames.size(); k-- > 0;)
     if (frames[k].monitor.get() == this && frames[k].scope == scope) {
       const int64_t calls = frames[k].next;
@@ -279,8 +287,10 @@ std::shared_ptr<Layer> Monitor::output(int64_t scope, const Kind& kind, const Te
   return layer;
 }
 
-Layers layers_of(const Kind& kind, const Tensor& y) {
-  Layers layers;
+const Layers& layers_of(const Kind& kind, const Tensor& y, Layers& room) {
+  Here& h = here();
+  auto& frames = h.frames;
+  Layers& layers = h.noting ? *std::exchange(h.noting, nullptr) : room;
   for (size_t k = frames.size(); k-- > 0;) {
     Frame& frame = frames[k];
     bool inner = false;  // whether a frame above belongs to the same monitor
@@ -289,15 +299,16 @@ Layers layers_of(const Kind& kind, const Tensor& y) {
     layers.push_back(layer_at(*frame.monitor, frame.scope, frame.next++, kind, y));
     came_last(*layers.back(), y);
   }
-  if (noting) *std::exchange(noting, nullptr) = layers;
   return layers;
 }
 
-Noting::Noting(Layers* layers) : before_(nullptr), notes_(layers && active()) {
-  if (notes_) before_ = std::exchange(noting, layers);
+Noting::Noting(Layers* layers) {
+  if (!layers || !active()) return;
+  place_ = &here().noting;
+  before_ = std::exchange(*place_, layers);
 }
 Noting::~Noting() {
-  if (notes_) noting = before_;
+  if (place_) *place_ = before_;
 }
 
 void look(Layer& layer, int side, const Tensor& given) {
@@ -362,12 +373,18 @@ void Sights::add_up() {
   }
 }
 
-Backward::Backward(const Layers& layers) { next_backward = layers.empty() || !active() ? nullptr : &layers; }
-Backward::~Backward() { next_backward = nullptr; }
+Backward::Backward(const Layers& layers) {
+  if (!active()) return;
+  place_ = &here().backward;
+  *place_ = layers.empty() ? nullptr : &layers;
+}
+Backward::~Backward() {
+  if (place_) *place_ = nullptr;
+}
 
 const Layers& backward_of() {
   static const Layers none;
-  const Layers* const layers = active() ? std::exchange(next_backward, nullptr) : nullptr;
+  const Layers* const layers = active() ? std::exchange(here().backward, nullptr) : nullptr;
   return layers ? *layers : none;
 }
 

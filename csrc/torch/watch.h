@@ -147,10 +147,10 @@ struct Monitor : std::enable_shared_from_this<Monitor> {
   std::shared_ptr<Layer> output(int64_t scope, const Kind& kind, const Tensor& y);
 };
 
-/// The layers that y, a dense tensor that an op of ours computes, is the next output of.
-Layers layers_of(const Kind& kind, const Tensor& y);
+/// The layers that y, a dense tensor that an op of ours computes, is the next output of: in `room`, unless they are noted.
+const Layers& layers_of(const Kind& kind, const Tensor& y, Layers& room);
 
-/// While it lives, these become the layers of the next output of this thread.
+/// While it lives, the layers of the next output of this thread go to these, which are empty.
 class Noting {
  public:
   /// None where `layers` is null, or nobody watches.
@@ -158,8 +158,8 @@ class Noting {
   ~Noting();
 
  private:
-  Layers* before_;
-  bool notes_;
+  Layers** place_ = nullptr;
+  Layers* before_ = nullptr;
 };
 
 /// Looks at one side of a layer; x may have any layout.
@@ -176,6 +176,11 @@ class Sights {
   Sights(const Sights&) = delete;
   /// Of x; both outlive it.
   void prepare(const Layers& layers, int side, const Tensor& x);
+  /// Brings closer what part() reads, which another thread has just written.
+  void fetch() const {
+    const char* const lines = reinterpret_cast<const char*>(&first_);
+    __builtin_prefetch(lines), __builtin_prefetch(lines + 64);
+  }
   /// Elements [begin, end) are there, and this thread is at them; cut at multiples of Look::kRun.
   void part(int64_t begin, int64_t end) {
     for (const Sample* s = first(); s; s = s->next.get()) s->kernel(s->x, s->look, begin, end, 0, s->glimpses, s->bins);
@@ -216,9 +221,13 @@ class Sights {
 };
 
 /// While it lives, the next backward op of this thread belongs to these layers.
-struct Backward {
+class Backward {
+ public:
   explicit Backward(const Layers& layers);
   ~Backward();
+
+ private:
+  const Layers** place_ = nullptr;
 };
 /// Those layers, once; none where nobody watches.
 const Layers& backward_of();

@@ -623,9 +623,9 @@ void check_look() {
           if (units == 7) a.shown = false;
           Tally tally = {}, expected = {};
           const auto histogram = std::make_unique<Histogram>(), expected_histogram = std::make_unique<Histogram>();
-          Buffer<Byte> flags(size_t(2 * units)), expected_flags(size_t(2 * units));
+          Buffer<Byte> flags(size_t(2 * units)), expected_flags(size_t(2 * units + Look::kRun));
           memset(flags.p, 0, flags.n);
-          memset(expected_flags.p, 0, flags.n);
+          memset(expected_flags.p, 0, expected_flags.n);
           std::vector<Glimpse> glimpses(size_t(a.runs));
           std::vector<Bins> bins(size_t(a.runs));
           cpu::kernels().look[T::dtype](x.p, a, 0, n, 0, glimpses.data(), bins.data());
