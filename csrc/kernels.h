@@ -153,7 +153,7 @@ struct Look {
   static constexpr int64_t kAll = 0, kAuto = -1;
   static constexpr int64_t sample_of(int64_t sample, int64_t n) {
     if (sample != kAuto) return sample == kAll ? n : sample;
-    return n < 512 * 256 ? 512 : n < 2048 * 256 ? n / 256 : 2048;
+    return n < 256 * 512 ? 256 : n < 2048 * 512 ? n / 512 : 2048;
   }
 
   /// Of n elements all, or about `sample` of them where that is below n.

@@ -62,7 +62,7 @@ def monitor(
     A step ends with the `step()` of an optimizer that holds parameters of the model (while none has been seen, where the model
     is called after a backward pass, and parameters have changed or gradients are gone); in evaluation mode with every call; and
     with `watch.step()`. One of `every` steps is recorded. Of a tensor with more than `sample` elements about so many are looked
-    at, in runs of 64 neighbours spread evenly over it, other ones at every call. `"auto"` is a 256th of them, but at least 512
+    at, in runs of 64 neighbours spread evenly over it, other ones at every call. `"auto"` is a 512th of them, but at least 256
     and at most 2,048. With `sample=None` all are looked at, and all counts are exact.
 
     Units, of which the dead ones are counted, lie along `unit_dim`: an int for all activations, or one by path; by default the
@@ -568,7 +568,7 @@ def _side(ledgers: NDArray[np.uint64], side: int, histogram: NDArray[np.int64], 
         count=whole["count"].astype(np.float64),
         total=sums[:, 0],
         squares=sums[:, 1],
-        minimum=-_unkeyed(whole["smallest"]),
+        minimum=0.0 - _unkeyed(whole["smallest"]),
         maximum=_unkeyed(whole["largest"]),
         zeros=whole["zeros"].astype(np.float64),
         low=whole["low"].astype(np.float64),
