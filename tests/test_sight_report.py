@@ -431,8 +431,8 @@ def driven_into_saturation(random: np.random.Generator) -> History:
     return history(planted(random, "tanh", outputs), after, output="")
 
 
-def a_few_dead(random: np.random.Generator, dead: int, steps: int = 20, times: int = 1) -> History:
-    outputs = [np.repeat(y, times, axis=0) for y in draws(random, "relu", steps=steps)]
+def a_few_dead(random: np.random.Generator, dead: int, steps: int = 20, batch: int = 64) -> History:
+    outputs = [np.resize(y, (batch, y.shape[1])) for y in draws(random, "relu", steps=steps)]
     for y in outputs:
         y[:, :dead] = 0
     return history(planted(random, "relu", outputs))
@@ -452,8 +452,8 @@ HEALTHY: dict[str, Callable[[np.random.Generator], History]] = {
     "sure output, clamped": lambda r: classifier_output(r, ""),
     "sure output, clamped, after training": lambda r: classifier_output(r, "", training=False),
     "three dead of 32": lambda r: a_few_dead(r, 3),
-    "dead units after few looks": lambda r: a_few_dead(r, 16, steps=4),
-    "dead units after few steps": lambda r: a_few_dead(r, 16, steps=3, times=10),
+    "dead units after few looks": lambda r: a_few_dead(r, 16, steps=4, batch=37),
+    "dead units after few steps": lambda r: a_few_dead(r, 16, steps=3, batch=640),
     "nothing": lambda r: history(),
 }
 

@@ -34,9 +34,9 @@ EXPLODED = 1e3
 # inputs of deep layers become alike: plain stacks of six layers and more may begin with so many, which is a trouble too.
 DEAD = 0.1
 
-# Before a unit is called dead: elements looked at. One that is active once in a hundred is missed with probability
-# 0.99^300 = 5%, and a tenth of a healthy layer's units are not that seldom active.
-DEAD_LOOKS = 300
+# Before a unit is called dead: elements looked at. One that is active once in fifty is missed with probability
+# 0.98^150 = 5%, and a tenth of a healthy layer's units are not that seldom active.
+DEAD_LOOKS = 150
 
 # And steps, since the elements that a convolution has in one step are neighbours in a few images.
 DEAD_STEPS = 4
