@@ -3,8 +3,8 @@
 The system hands out a large block page by page, each zeroed when it is first touched, and takes it back when the
 tensor is freed: for outputs of many MiB that takes longer than computing them. The C library keeps smaller blocks, but
 tidies up with every one of 64 KiB and more that is freed, and spreads the next outputs over more of them than caches
-hold. fastact therefore keeps freed output blocks from 64 KiB on for its next outputs, up to a limit, and puts new ones
-from 1 MiB on on huge pages where the system has them.
+hold. fastact therefore keeps freed output blocks of 64 KiB and more for its next outputs, up to a limit, and puts new
+ones of 1 MiB and more on huge pages where the system has them.
 
 The limit is 1 GiB, or an eighth of the memory that the process may have (the machine's, or its control group's) if
 that is less. What is held counts as used memory of the process. `FASTACT_POOL_LIMIT` (bytes) sets another limit; 0
