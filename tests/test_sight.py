@@ -250,6 +250,16 @@ def test_histograms_of_samples(generator: torch.Generator) -> None:
         assert layer.gradient_in.histogram.sum() == (0 if calls is evaluates else expected.sum())
 
 
+@pytest.mark.parametrize("values", [[-0.0], [0.0], [-0.0, 0.0]])
+def test_extremes_that_are_zeros_have_no_sign(values: list[float]) -> None:
+    """Which of them comes first depends on the threads."""
+    model = fastact.Tanh()
+    output = only(watched(model, lambda: model(torch.tensor(values).repeat(100)))).output
+    for extreme in (output.minimum, output.maximum):
+        assert extreme[0] == 0
+        assert not np.signbit(extreme[0])
+
+
 @pytest.mark.parametrize(("n", "sample"), [(256, 256), (257, 256), (131_071, 256), (524_288, 1024), (3_000_000, 2048)])
 def test_how_many_are_looked_at_unless_said(n: int, sample: int) -> None:
     model = fastact.ReLU()
