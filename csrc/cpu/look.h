@@ -8,8 +8,6 @@ namespace fastact {
 namespace FASTACT_NAMESPACE {
 namespace {
 
-constexpr double kNaN = __builtin_nan("");
-
 // ---- Lanes together --------------------------------------------------------------------------------------------------------
 
 template <class T, int N>
@@ -84,7 +82,7 @@ struct Extremes {
 };
 
 /// At kRun neighbours in memory, of which `length` are elements and the rest is NaN; the largest and the smallest are kept
-/// apart. With kFinite false, and nothing found, where not all of them are finite.
+/// apart. kFinite takes all of them for finite, which is faster; where they are not it returns false, having found nothing.
 template <bool kFinite, class S>
 FASTACT_FN bool look_at(const S* p, int length, const Look& a, Glimpse& found, Extremes<LaneOf<S>>& extremes) {
   using V = LaneOf<S>;
