@@ -87,6 +87,7 @@ template <bool kFinite, class S>
 FASTACT_FN bool look_at(const S* p, int length, const Look& a, Glimpse& found, Extremes<LaneOf<S>>& extremes) {
   using V = LaneOf<S>;
   const V low(a.low), high(a.high), infinity(kInfinity), zero(0);
+  const bool squashing = a.low == a.low;
   Extremes<V> e = extremes;
   Doubles totals = {Double(0), Double(0)}, squares = totals;
   uint64_t active = 0, above = 0, below = 0, finite = 0, nan = 0;
@@ -103,8 +104,10 @@ FASTACT_FN bool look_at(const S* p, int length, const Look& a, Glimpse& found, E
     totals.a = totals.a + wide.a, totals.b = totals.b + wide.b;
     squares.a = fma(wide.a, wide.a, squares.a), squares.b = fma(wide.b, wide.b, squares.b);
     active |= uint64_t(which_differ(v, zero)) << k;
-    above |= uint64_t(which_less(low, v)) << k;
-    below |= uint64_t(which_less(v, high)) << k;
+    if (squashing) {
+      above |= uint64_t(which_less(low, v)) << k;
+      below |= uint64_t(which_less(v, high)) << k;
+    }
     if constexpr (!kFinite) {
       finite |= uint64_t(which_less(abs(v), infinity)) << k;
       nan |= uint64_t(which_differ(v, v)) << k;
@@ -120,7 +123,6 @@ FASTACT_FN bool look_at(const S* p, int length, const Look& a, Glimpse& found, E
   found.active = active & there;
   found.shown = finite & active;
   found.length = uint8_t(length);
-  const bool squashing = a.low == a.low;
   found.low = squashing ? uint8_t(count_of(~(above | nan))) : 0;
   found.high = squashing ? uint8_t(count_of(~(below | nan))) : 0;
   found.nan = uint8_t(count_of(nan & there));
@@ -183,21 +185,18 @@ FASTACT_FN void add(const Bins& bins, uint64_t which, Histogram& h) {
   for (; which; which &= which - 1) ++counts[bins.at[__builtin_ctzll(which)]];
 }
 
-typedef uint8_t Flags __attribute__((vector_size(Look::kRun)));
-
-/// A byte of 1 for each bit.
-FASTACT_FN Flags flags_of(uint64_t bits) {
-#if defined(__x86_64__) && FASTACT_VECTOR_BYTES == 64
-  return (Flags)_mm512_maskz_set1_epi8(bits, 1);
+/// Sets a byte to 1 for each bit; of the kRun there are, the others stay.
+FASTACT_FN void raise(uint8_t* flags, uint64_t bits) {
+#if defined(__x86_64__) && FASTACT_VECTOR_BYTES == 64  // without waiting for what was stored there just before
+  _mm512_mask_storeu_epi8(flags, bits, _mm512_set1_epi8(1));
 #else
-  uint64_t eight[8];
-  for (int k = 0; k < 8; ++k) {
+  for (int k = 0; k < 8; ++k, flags += 8) {
     const uint64_t spread = (bits >> 8 * k & 0xff) * 0x0101010101010101 & 0x8040201008040201;
-    eight[k] = ((spread + 0x7f7f7f7f7f7f7f7f) | spread) >> 7 & 0x0101010101010101;
+    uint64_t eight;
+    __builtin_memcpy(&eight, flags, sizeof eight);
+    eight |= ((spread + 0x7f7f7f7f7f7f7f7f) | spread) >> 7 & 0x0101010101010101;
+    __builtin_memcpy(flags, &eight, sizeof eight);
   }
-  Flags flags;
-  __builtin_memcpy(&flags, eight, sizeof flags);
-  return flags;
 #endif
 }
 
@@ -233,13 +232,8 @@ FASTACT_FN void add(const Glimpse& found, const Look& a, int64_t i, uint8_t* uni
     unit = 0, next = Look::kRun;
   }
   for (;;) {
-    for (int which = 0; which < 2; ++which) {
-      uint8_t* const to = units + which * a.units + unit;
-      Flags flags;
-      __builtin_memcpy(&flags, to, sizeof flags);
-      flags |= flags_of(seen[which] & first_bits(next));
-      __builtin_memcpy(to, &flags, sizeof flags);
-    }
+    raise(units + unit, seen[0] & first_bits(next));
+    raise(units + a.units + unit, seen[1] & first_bits(next));
     if (next >= Look::kRun) return;
     for (uint64_t& bits : seen) bits >>= next;
     unit = 0, next = Look::kRun;
