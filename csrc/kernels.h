@@ -149,20 +149,23 @@ struct Look {
   static constexpr uint64_t kDense = uint64_t(1) << 32;
 
   // Instead of a number of elements: all; and as many as cost little beside what the activation itself costs, so fewer of a
-  // small tensor.
+  // small tensor, and half of that of a gradient, of which there are two.
   static constexpr int64_t kAll = 0, kAuto = -1;
-  static constexpr int64_t sample_of(int64_t sample, int64_t n) {
+  static constexpr int64_t sample_of(int64_t sample, int64_t n, bool gradient = false) {
     if (sample != kAuto) return sample == kAll ? n : sample;
-    return n < 256 * 512 ? 256 : n < 2048 * 512 ? n / 512 : 2048;
+    if (n <= 256) return n;
+    return (n < 256 * 512 ? 256 : n < 2048 * 512 ? n / 512 : 2048) >> int(gradient);
   }
 
   /// Of n elements all, or about `sample` of them where that is below n.
-  static constexpr Look at(int64_t n, int64_t sample, int64_t phase) {
-    sample = sample_of(sample, n);
+  static constexpr Look at(int64_t n, int64_t sample, int64_t phase, bool gradient = false) {
+    sample = sample_of(sample, n, gradient);
     const int64_t blocks = (n + kRun - 1) / kRun, runs = sample / kRun > 0 ? sample / kRun : 1;
     if (n <= sample || runs >= blocks) return {n, blocks, kDense, 0, 0, 0, 0, 1, true};
-    const uint64_t whole = uint64_t(blocks / runs), rest = uint64_t(blocks % runs);
-    return {n, runs, (whole << 32) + (rest << 32) / uint64_t(runs), phase, 0, 0, 0, 1, true};
+    // A shift where that will do.
+    const auto by_runs = [r = uint64_t(runs)](uint64_t x) { return (r & (r - 1)) == 0 ? x >> __builtin_ctzll(r) : x / r; };
+    const uint64_t whole = by_runs(uint64_t(blocks)), rest = uint64_t(blocks) - whole * uint64_t(runs);
+    return {n, runs, (whole << 32) + by_runs(rest << 32), phase, 0, 0, 0, 1, true};
   }
 };
 

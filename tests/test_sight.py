@@ -263,9 +263,11 @@ def test_extremes_that_are_zeros_have_no_sign(values: list[float]) -> None:
 @pytest.mark.parametrize(("n", "sample"), [(256, 256), (257, 256), (131_071, 256), (524_288, 1024), (3_000_000, 2048)])
 def test_how_many_are_looked_at_unless_said(n: int, sample: int) -> None:
     model = fastact.ReLU()
-    layer = only(watched(model, lambda: model(torch.ones(n))))
-    assert layer.output.count.tolist() == [len(looked_at(n, sample, 0))]
-    assert abs(layer.output.count[0] - sample) < RUN
+    layer = only(watched(model, lambda: model(torch.ones(n, requires_grad=True)).sum().backward()))
+    of_gradients = sample if n <= 256 else sample // 2
+    for side, number in ((layer.output, sample), (layer.gradient_in, of_gradients), (layer.gradient_out, of_gradients)):
+        assert side.count.tolist() == [len(looked_at(n, number, 0))]
+        assert abs(side.count[0] - number) < RUN
 
 
 def test_counters_made_in_inference_mode_are_no_inference_tensors() -> None:

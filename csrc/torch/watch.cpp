@@ -178,7 +178,7 @@ void carry(Layer& layer, int64_t n) {
 Look next_look(Layer& layer, int side, const Tensor& x) {
   const int64_t call = layer.calls[side];
   set(layer.calls[side], call + 1);
-  Look a = Look::at(x.numel(), layer.sample, call);
+  Look a = Look::at(x.numel(), layer.sample, call, side != kOutput);
   a.low = side == kOutput ? layer.levels.low : kNone;
   a.high = side == kOutput ? layer.levels.high : kNone;
   const bool units = side == kOutput && layer.units > 0 && layer.unit_dim < x.dim() && x.size(layer.unit_dim) == layer.units;

@@ -63,7 +63,8 @@ def monitor(
     is called after a backward pass, and parameters have changed or gradients are gone); in evaluation mode with every call; and
     with `watch.step()`. One of `every` steps is recorded. Of a tensor with more than `sample` elements about so many are looked
     at, in runs of 64 neighbours spread evenly over it, other ones at every call. `"auto"` is a 512th of them, but at least 256
-    and at most 2,048. With `sample=None` all are looked at, and all counts are exact.
+    and at most 2,048, and half as many of gradients with more than 256. With `sample=None` all are looked at, and all counts
+    are exact.
 
     Units, of which the dead ones are counted, lie along `unit_dim`: an int for all activations, or one by path; by default the
     second dim behind convolutions and normalisations over channels and of tensors with more than three dims, else the last.
