@@ -116,7 +116,7 @@ template <class Device>
   watch::Layers room;
   const watch::Layers& layers = watch::layers_of(kind, y, room);
   Sights seen;
-  seen.prepare(layers, kOutput, y);
+  seen.prepare(layers, kOutput, dtype, y);
   Device::forward(row, dtype, x, y, parameters, &seen);
   seen.whole();
   seen.together();
@@ -167,13 +167,14 @@ template <class Device>
 [[gnu::noinline]] void watched_backward(int row, DType dtype, const Binary<Device>& t, const double* parameters,
                                         const watch::Layers& layers) {
   Sights dy_seen, dx_seen;
-  dy_seen.prepare(layers, kGradientIn, t.dy);
-  dx_seen.prepare(layers, kGradientOut, t.out);
+  dy_seen.prepare(layers, kGradientIn, dtype, t.dy);
+  dx_seen.prepare(layers, kGradientOut, dtype, t.out);
   dy_seen.whole();
   Device::backward(row, dtype, t.dy, t.saved, t.out, parameters, &dy_seen, &dx_seen);
   dx_seen.whole();
-  dy_seen.together();
-  dx_seen.together();
+  Sights::Held held;
+  dy_seen.together(held);
+  dx_seen.together(held);
 }
 
 template <class Device>

@@ -70,15 +70,14 @@ py::dict describe(const watch::Layer& l) {
 /// too.
 struct Place {
   std::shared_ptr<watch::Monitor> monitor;
-  int64_t scope;
+  watch::Scope& scope;
   bool activation;
   // Of a module that announces itself: called with it and its output, before the place is entered where a step of the other
   // mode has to end, and where the output is still to be looked at.
   py::object switched = {}, left = {};
 
-  bool enter(bool training) const { return monitor->enter(scope, training); }
   /// Whether an output of the module is still to be looked at.
-  bool leave() const { return monitor->leave(scope) == 0 && activation; }
+  bool leave() const { return watch::leave(scope) == 0 && activation; }
 };
 
 // ---- Modules that have hooks -----------------------------------------------------------------------------------------------
@@ -87,7 +86,8 @@ const Place& place_of(PyObject* capsule) { return *static_cast<Place*>(PyCapsule
 
 PyObject* enter(PyObject* self, PyObject* training) {
   HANDLE_TH_ERRORS
-  return PyBool_FromLong(place_of(self).enter(training == Py_True));
+  const Place& place = place_of(self);
+  return PyBool_FromLong(watch::enter(place.scope, training == Py_True, place.monitor));
   END_HANDLE_TH_ERRORS
 }
 
@@ -101,7 +101,8 @@ PyObject* leave(PyObject* self, PyObject*) {
 /// output is theirs to look at. Built-in functions, since every forward calls both.
 py::tuple make_hooks(const std::shared_ptr<watch::Monitor>& monitor, int64_t scope, bool activation) {
   static PyMethodDef methods[] = {{"enter", enter, METH_O, nullptr}, {"leave", leave, METH_NOARGS, nullptr}};
-  const py::capsule place(new Place{monitor, scope, activation}, [](void* p) { delete static_cast<Place*>(p); });
+  const py::capsule place(new Place{monitor, monitor->scope(scope), activation},
+                          [](void* p) { delete static_cast<Place*>(p); });
   const auto function = [&](PyMethodDef& method) {
     return py::reinterpret_steal<py::object>(PyCFunction_New(&method, place.ptr()));
   };
@@ -112,11 +113,17 @@ py::tuple make_hooks(const std::shared_ptr<watch::Monitor>& monitor, int64_t sco
 
 using Places = c10::SmallVector<std::shared_ptr<const Place>, 1>;
 
+/// Several hold them, under the GIL, which spares counts that all cores have to agree on.
+py::capsule kept(Places places) {
+  return py::capsule(new Places(std::move(places)), [](void* p) { delete static_cast<Places*>(p); });
+}
+const Places& places_in(const py::capsule& kept) { return *static_cast<Places*>(PyCapsule_GetPointer(kept.ptr(), nullptr)); }
+
 /// By the module, and by the dict of its forward hooks: what is a shallow copy of the module, such as a replica of
 /// DataParallel, has the same, and no deep copy has.
 struct Announced {
   py::object alive;  // a weak reference to the key
-  Places places;
+  py::capsule places;
 };
 using AllAnnounced = std::unordered_map<PyObject*, Announced>;
 AllAnnounced& announced() {
@@ -139,53 +146,68 @@ bool training(PyObject* module) {
 }
 bool is_of(const Announced& entry, PyObject* key) { return PyWeakref_GetObject(entry.alive.ptr()) == key; }
 
-Places places_of(PyObject* module) {
+py::capsule places_of(PyObject* module) {
+  static const auto* const none = new py::capsule(kept({}));
   auto entry = announced().find(module);
   if (entry != announced().end() && is_of(entry->second, module)) return entry->second.places;
   const py::object hooks = hooks_of(module);
   entry = announced().find(hooks.ptr());
-  return entry != announced().end() && is_of(entry->second, hooks.ptr()) ? entry->second.places : Places();
+  return entry != announced().end() && is_of(entry->second, hooks.ptr()) ? entry->second.places : *none;
 }
 
 void announce(const std::shared_ptr<watch::Monitor>& monitor, int64_t scope, bool activation, py::handle module,
               py::object switched, py::object left) {
-  const auto place = std::make_shared<const Place>(Place{monitor, scope, activation, std::move(switched), std::move(left)});
+  const std::shared_ptr<const Place> place(
+      new Place{monitor, monitor->scope(scope), activation, std::move(switched), std::move(left)});
   for (const py::object& key : {py::reinterpret_borrow<py::object>(module), hooks_of(module.ptr())}) {
     Announced& entry = announced()[key.ptr()];
-    if (!entry.alive || !is_of(entry, key.ptr())) entry = {py::weakref(key), {}};
-    entry.places.push_back(place);
+    Places places;
+    if (entry.alive && is_of(entry, key.ptr())) places = places_in(entry.places);
+    places.push_back(place);
+    entry = {py::weakref(key), kept(std::move(places))};
   }
 }
 
 /// Those of a monitor are forgotten.
 void forget(const std::shared_ptr<watch::Monitor>& monitor) {
-  std::vector<std::shared_ptr<const Place>> gone;  // whose Python objects may run code when they go
+  std::vector<py::capsule> before;  // whose Python objects may run code when they go
   for (auto entry = announced().begin(); entry != announced().end();) {
-    Places kept;
-    for (auto& place : entry->second.places) {
-      if (place->monitor == monitor)
-        gone.push_back(std::move(place));
-      else
-        kept.push_back(std::move(place));
-    }
-    entry->second.places = std::move(kept);
-    entry = entry->second.places.empty() ? announced().erase(entry) : std::next(entry);
+    py::capsule& all = entry->second.places;
+    Places others;
+    for (const auto& place : places_in(all))
+      if (place->monitor != monitor) others.push_back(place);
+    const bool none = others.empty();
+    before.push_back(std::exchange(all, kept(std::move(others))));
+    entry = none ? announced().erase(entry) : std::next(entry);
   }
 }
+
+/// Leaves those places that were entered, also where an exception comes.
+struct Entered {
+  const Places& places;
+  size_t number = 0;
+  bool leave() { return places[--number]->leave(); }
+  ~Entered() {
+    while (number > 0) leave();
+  }
+};
 
 /// at_work(forward, module, input): the result of forward(module, input), in the module's places.
 PyObject* at_work(PyObject*, PyObject* const* args, Py_ssize_t) {
   HANDLE_TH_ERRORS
   PyObject* const module = args[1];
-  const Places places = places_of(module);
-  for (const auto& place : places) {
+  const py::capsule held = places_of(module);
+  Entered entered{places_in(held)};
+  for (const auto& place : entered.places) {
     const bool within = place->monitor->state->calls > 0;  // a call of the model, which says in which mode it is
-    if (!place->enter(within || training(module))) place->switched(py::handle(module), py::none());
+    ++entered.number;
+    if (!watch::enter(place->scope, within || training(module))) place->switched(py::handle(module), py::none());
   }
   const py::object y = py::reinterpret_steal<py::object>(PyObject_Vectorcall(args[0], args + 1, 2, nullptr));
-  for (auto place = places.rbegin(); place != places.rend(); ++place)
-    if ((*place)->leave() && y) (*place)->left(py::handle(module), py::none(), y);
-  return y ? Py_NewRef(y.ptr()) : nullptr;
+  if (!y) return nullptr;
+  for (auto place = entered.places.rbegin(); place != entered.places.rend(); ++place)
+    if (entered.leave()) (*place)->left(py::handle(module), py::none(), y);
+  return Py_NewRef(y.ptr());
   END_HANDLE_TH_ERRORS
 }
 
@@ -201,8 +223,9 @@ void define_monitor(py::module_& m) {
       .def(py::init<int64_t>(), py::arg("sample"))
       .def("start", &Monitor::start)
       .def("close", &Monitor::close)
-      .def("add_scope", &Monitor::add_scope)
-      .def("enter", &Monitor::enter)
+      .def("add_scope", [](Monitor& monitor, int64_t unit_dim) { return monitor.add_scope(unit_dim).number; })
+      .def("enter", [](const std::shared_ptr<Monitor>& monitor, int64_t scope,
+                       bool training) { return watch::enter(monitor->scope(scope), training, monitor); })
       .def("hooks", &make_hooks, "enter(training) and leave() of a module of that scope, for its hooks.")
       .def("announce", &announce, "Counts what at_work() is told of the module for that scope.")
       .def("forget", &forget)
@@ -211,7 +234,7 @@ void define_monitor(py::module_& m) {
               std::optional<int64_t> dim, std::pair<double, double> levels, py::handle y) {
              watch::Kind kind = kind_of(name, parameters, dim);
              kind.levels = {levels.first, levels.second};
-             return monitor.output(scope, kind, THPVariable_Unpack(y.ptr()));
+             return watch::output(monitor.scope(scope), kind, THPVariable_Unpack(y.ptr()));
            })
       .def_property(
           "running", [](const Monitor& monitor) { return monitor.state->running.load(); },

@@ -33,8 +33,8 @@ constexpr c10::DispatchKeySet kTransforms({c10::DispatchKey::FuncTorchDynamicLay
                                            c10::DispatchKey::FuncTorchBatched});
 
 struct Frame {
-  std::shared_ptr<Monitor> monitor;
-  int64_t scope;
+  Scope* scope;
+  std::shared_ptr<Monitor> kept;
   int64_t next = 0;
 };
 /// Of a thread. In a library that is loaded later, every access to what is thread_local is a call.
@@ -109,7 +109,8 @@ Width width_of(const Tensor& y, int64_t unit_dim) {
   return 0 < units && units <= kMostUnits ? Width{dim, units} : Width{-1, 0};
 }
 
-std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, Width width, const Kind& kind, const Tensor& y) {
+std::shared_ptr<Layer> make_layer(const Scope& scope, int64_t position, Width width, const Kind& kind, const Tensor& y) {
+  Monitor& m = scope.monitor;
   const auto [dim, units] = width;
   const int64_t bytes = (int64_t(sizeof(Ledger)) + 2 * units + Look::kRun + 63) / 64 * 64;
   const c10::InferenceMode counters_outlive_it(false);
@@ -131,7 +132,7 @@ std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, W
       .sample = m.sample,
       .device = y.device(),
       .number = int64_t(m.layers.size()),
-      .scope = scope,
+      .scope = scope.number,
       .position = position,
       .kind = kind,
       .chunk = int64_t(chunks.size()) - 1,
@@ -146,21 +147,30 @@ std::shared_ptr<Layer> make_layer(Monitor& m, int64_t scope, int64_t position, W
 
 bool same(const char* a, const char* b) { return a == b || strcmp(a, b) == 0; }
 
-std::shared_ptr<Layer> layer_at(Monitor& m, int64_t scope, int64_t position, const Kind& kind, const Tensor& y) {
-  const std::lock_guard<std::mutex> lock(m.mutex);
-  Scope& s = m.scopes[size_t(scope)];
-  if (int64_t(s.calls.size()) <= position) s.calls.resize(size_t(position) + 1);
-  Layers& layers = s.calls[size_t(position)];
-  const Width width = width_of(y, s.unit_dim);
-  std::shared_ptr<Layer> other;  // of another width
+const std::shared_ptr<Layer>* find(const Layers& layers, int64_t units, const Kind& kind, c10::Device device) {
+  const std::shared_ptr<Layer>* other = nullptr;  // of another width
   size_t widths = 0;
   for (const auto& layer : layers) {
-    if (layer->device != y.device() || !same(layer->kind.name, kind.name)) continue;
-    if (layer->units == width.units || kind.along_dim) return layer;
-    if (widths++ == 0) other = layer;
+    if (layer->device != device || !same(layer->kind.name, kind.name)) continue;
+    if (layer->units == units || kind.along_dim) return &layer;
+    if (widths++ == 0) other = &layer;
   }
-  if (widths == kMostWidths) return other;
-  return layers.emplace_back(make_layer(m, scope, position, width, kind, y));
+  return widths == kMostWidths ? other : nullptr;
+}
+
+std::shared_ptr<Layer> layer_at(Scope& scope, int64_t position, const Kind& kind, const Tensor& y) {
+  const Width width = width_of(y, scope.unit_dim);
+  const c10::Device device = y.device();
+  const auto known = [&] {
+    const Layers* const layers = scope.layers_at(position);
+    return layers ? find(*layers, width.units, kind, device) : nullptr;
+  };
+  if (const auto* layer = known()) return *layer;
+  const std::lock_guard<std::mutex> lock(scope.monitor.mutex);
+  if (const auto* layer = known()) return *layer;  // which another thread has just made
+  const auto layer = make_layer(scope, position, width, kind, y);
+  scope.add(position, layer);
+  return layer;
 }
 
 /// Makes room in the bins for n more elements.
@@ -174,11 +184,12 @@ void carry(Layer& layer, int64_t n) {
   layer.counted = kCarry + n;
 }
 
-/// Which elements of a dense x the next look at that side is at. Two threads may get the same ones.
-Look next_look(Layer& layer, int side, const Tensor& x) {
+/// Sets `a` to which elements of a dense x the next look at that side is at. Two threads may get the same ones. In its place:
+/// what was just written in small parts is slow to copy in larger ones.
+void next_look(Layer& layer, int side, const Tensor& x, Look& a) {
   const int64_t call = layer.calls[side];
   set(layer.calls[side], call + 1);
-  Look a = Look::at(x.numel(), layer.sample, call, side != kOutput);
+  a = Look::at(x.numel(), layer.sample, call, side != kOutput);
   a.low = side == kOutput ? layer.levels.low : kNone;
   a.high = side == kOutput ? layer.levels.high : kNone;
   const bool units = side == kOutput && layer.units > 0 && layer.unit_dim < x.dim() && x.size(layer.unit_dim) == layer.units;
@@ -192,7 +203,6 @@ Look next_look(Layer& layer, int side, const Tensor& x) {
   }
   a.units = units ? layer.units : 0;
   a.inner = units ? (layer.units == 1 ? x.numel() : x.stride(layer.unit_dim)) : 1;
-  return a;
 }
 
 /// Where what is found goes to; under the layer's lock.
@@ -211,12 +221,12 @@ Counters counters_for(Layer& layer, int side, const Look& a) {
   return layer.counters;
 }
 
-/// Whether x can be looked at for a layer whose monitor is open.
-bool watching(const Layer& layer, int side, const Tensor& x) {
+/// Whether n elements there can be looked at for a layer whose monitor is open.
+bool watching(const Layer& layer, int side, int64_t n, c10::Device device) {
   State& state = *layer.state;
   if (!state.open) return false;
   if (side != kOutput) set(state.gradients, state.gradients + 1);  // more or less
-  return x.numel() > 0 && x.device() == layer.device && has_eyes(x);
+  return n > 0 && device == layer.device;
 }
 
 void came_last(const Layer& layer, const Tensor& y) {
@@ -230,6 +240,25 @@ void give_eyes(c10::DeviceType type, const Eyes& of_device) { eyes(type) = &of_d
 
 Levels levels(int row, const double* parameters) { return kLevels[row](parameters); }
 
+const Layers* Scope::layers_at(int64_t position) const {
+  const Calls* const calls = calls_.load(std::memory_order_acquire);
+  return calls && position < int64_t(calls->size()) ? (*calls)[size_t(position)].load(std::memory_order_acquire) : nullptr;
+}
+
+void Scope::add(int64_t position, std::shared_ptr<Layer> layer) {
+  const auto at = size_t(position), size = all_calls_.empty() ? 0 : all_calls_.back().size();
+  if (size <= at) {
+    Calls larger(std::max(at + 1, 2 * size));
+    for (size_t k = 0; k < size; ++k) larger[k] = all_calls_.back()[k].load();
+    calls_.store(&all_calls_.emplace_back(std::move(larger)), std::memory_order_release);
+  }
+  auto& call = all_calls_.back()[at];
+  Layers layers;
+  if (call) layers = *call;
+  layers.push_back(std::move(layer));
+  call.store(&all_layers_.emplace_back(std::move(layers)), std::memory_order_release);
+}
+
 void Monitor::start() {
   if (!state->open.exchange(true)) ++monitors;
 }
@@ -238,31 +267,35 @@ void Monitor::close() {
   if (state->open.exchange(false)) --monitors;
 }
 
-int64_t Monitor::add_scope(int64_t unit_dim) {
+Scope& Monitor::add_scope(int64_t unit_dim) {
   const std::lock_guard<std::mutex> lock(mutex);
-  scopes.push_back({unit_dim, {}});
-  return int64_t(scopes.size()) - 1;
+  return scopes.emplace_back(*this, int64_t(scopes.size()), unit_dim);
 }
 
-bool Monitor::enter(int64_t scope, bool training) {
-  State& s = *state;
+Scope& Monitor::scope(int64_t number) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return scopes.at(size_t(number));
+}
+
+bool enter(Scope& scope, bool training, std::shared_ptr<Monitor> kept) {
+  State& s = *scope.monitor.state;
   if (s.calls == 0) {
     if (s.running && training && !s.training) return false;
     if (!s.running) set(s.training, training);
   }
   set(s.running, true);
-  if (s.recording) here().frames.push_back({shared_from_this(), scope});
+  if (s.recording) here().frames.push_back({&scope, std::move(kept)});
   return true;
 }
 
-int64_t Monitor::leave(int64_t scope) {
+int64_t leave(Scope& scope) {
   auto& frames = here().frames;
   for (size_t k = frames.size(); k-- > 0;)
-    if (frames[k].monitor.get() == this && frames[k].scope == scope) {
+    if (frames[k].scope == &scope) {
       const int64_t calls = frames[k].next;
       // Frames of this monitor above it belong to modules that an exception has left.
       for (size_t above = frames.size(); above-- > k;)
-        if (frames[above].monitor.get() == this) frames.erase(frames.begin() + int64_t(above));
+        if (&frames[above].scope->monitor == &scope.monitor) frames.erase(frames.begin() + int64_t(above));
       return calls;
     }
   return -1;
@@ -278,9 +311,9 @@ Tensor to_host(const Chunk& chunk) {
   return copy;
 }
 
-std::shared_ptr<Layer> Monitor::output(int64_t scope, const Kind& kind, const Tensor& y) {
-  if (!state->open || !has_eyes(y)) return nullptr;
-  const auto layer = layer_at(*this, scope, 0, kind, y);
+std::shared_ptr<Layer> output(Scope& scope, const Kind& kind, const Tensor& y) {
+  if (!scope.monitor.state->open || !has_eyes(y)) return nullptr;
+  const auto layer = layer_at(scope, 0, kind, y);
   look(*layer, kOutput, y);
   came_last(*layer, y);
   look_at_rows(*layer, kind, y);
@@ -294,9 +327,10 @@ const Layers& layers_of(const Kind& kind, const Tensor& y, Layers& room) {
   for (size_t k = frames.size(); k-- > 0;) {
     Frame& frame = frames[k];
     bool inner = false;  // whether a frame above belongs to the same monitor
-    for (size_t above = k + 1; above < frames.size(); ++above) inner = inner || frames[above].monitor == frame.monitor;
-    if (inner || !frame.monitor->state->open) continue;
-    layers.push_back(layer_at(*frame.monitor, frame.scope, frame.next++, kind, y));
+    const Monitor& monitor = frame.scope->monitor;
+    for (size_t above = k + 1; above < frames.size(); ++above) inner = inner || &frames[above].scope->monitor == &monitor;
+    if (inner || !monitor.state->open) continue;
+    layers.push_back(layer_at(*frame.scope, frame.next++, kind, y));
     came_last(*layers.back(), y);
   }
   return layers;
@@ -312,10 +346,11 @@ Noting::~Noting() {
 }
 
 void look(Layer& layer, int side, const Tensor& given) {
-  if (!watching(layer, side, given)) return;
+  if (!watching(layer, side, given.numel(), given.device()) || !has_eyes(given)) return;
   const Tensor x = to_dense(given);
-  const Look a = next_look(layer, side, x);
-  const std::lock_guard<std::mutex> lock(layer.mutex);
+  Look a;
+  next_look(layer, side, x, a);
+  const std::lock_guard<Latch> lock(layer.latch);
   const Counters to = counters_for(layer, side, a);
   eyes(x.device().type())->look(dtype_of("monitor", x), x, a, &to.ledger->sides[side], &to.histograms[side], to.flags);
 }
@@ -328,7 +363,7 @@ void look_at_rows(Layer& layer, const Kind& kind, const Tensor& y) {
   int64_t looked = rows;
   const int64_t sample = Look::sample_of(layer.sample, x.numel());
   if (sample < x.numel()) looked = std::max<int64_t>(1, sample / shape.length);
-  const std::lock_guard<std::mutex> lock(layer.mutex);
+  const std::lock_guard<Latch> lock(layer.latch);
   layer.length = shape.length;
   const RowLook a{shape.length,
                   shape.inner,
@@ -340,18 +375,19 @@ void look_at_rows(Layer& layer, const Kind& kind, const Tensor& y) {
   eyes(x.device().type())->look_at_rows(dtype_of("monitor", x), x, a, &layer.counters.ledger->rows);
 }
 
-void Sights::prepare(const Layers& layers, int side, const Tensor& x) {
+void Sights::prepare(const Layers& layers, int side, DType dtype, const Tensor& x) {
   side_ = side, x_ = &x;
+  const c10::Device device = x.device();
+  eyes_ = eyes(device.type());
   Sample* last = nullptr;
   for (const auto& layer : layers) {
-    if (!has_eyes(x) || !eyes(x.device().type())->look_at_part ||
-        (layer->sample == Look::kAll && x.numel() > kRuns * Look::kRun)) {
+    if (!eyes_->look_at_part || (layer->sample == Look::kAll && x.numel() > kRuns * Look::kRun)) {
       others_.push_back(layer.get());
-    } else if (watching(*layer, side, x)) {
+    } else if (watching(*layer, side, x.numel(), device)) {
       Sample& s = last ? *(last->next = std::make_unique<Sample>()) : first_;
-      s.kernel = eyes(x.device().type())->look_at_part(dtype_of("monitor", x));
+      s.kernel = eyes_->look_at_part(dtype);
       s.x = x.const_data_ptr();
-      s.look = next_look(*layer, side, x);
+      next_look(*layer, side, x, s.look);
       s.layer = layer.get();
       s.glimpses = glimpses_, s.bins = bins_;
       if (last || s.look.runs > kRuns) {
@@ -364,10 +400,13 @@ void Sights::prepare(const Layers& layers, int side, const Tensor& x) {
   }
 }
 
-void Sights::add_up() {
-  const GatherKernel gather = eyes(x_->device().type())->gather();
+void Sights::add_up(Held& held) {
+  const GatherKernel gather = eyes_->gather();
   for (const Sample* s = first(); s; s = s->next.get()) {
-    const std::lock_guard<std::mutex> lock(s->layer->mutex);
+    if (held.mutex() != &s->layer->latch) {
+      held = {};  // never two of them
+      held = Held(s->layer->latch);
+    }
     const Counters to = counters_for(*s->layer, side_, s->look);
     gather(s->look, 0, s->look.runs, s->glimpses, s->bins, &to.ledger->sides[side_], &to.histograms[side_], to.flags);
   }

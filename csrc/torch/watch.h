@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../kernels.h"
@@ -91,6 +92,19 @@ struct Counters {
   uint8_t* flags = nullptr;         // of the units
 };
 
+/// What is held for a moment, and seldom by two. Taking and leaving a mutex both wait until all that this thread has written
+/// is in its cache; of this one, taking it does.
+class Latch {
+ public:
+  void lock() {
+    while (held_.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
+  }
+  void unlock() { held_.clear(std::memory_order_release); }
+
+ private:
+  std::atomic_flag held_ = {};
+};
+
 /// The counters of one activation on one device.
 struct Layer {
   // What every look asks for, close together.
@@ -100,7 +114,7 @@ struct Layer {
   int64_t units, unit_dim;  // as Look has them; the dim of the first output
   int64_t sample;
   std::atomic<int64_t> calls[kSides] = {}, shown[kSides] = {};  // of the latter, those that the histograms are of
-  std::mutex mutex = {};                                        // for what follows from what was counted
+  Latch latch = {};                                             // for what follows from what was counted
   int64_t sizes[kSides] = {};                                   // elements, looked at or not
   int64_t counted = 0;                                          // at least what any bin has, since the last carry
   std::atomic<bool> trained = false;  // the histograms are those of training; while there was none, of evaluation
@@ -115,16 +129,31 @@ struct Layer {
   Tensor carried = {};        // of the histograms, in units of kCarry; undefined until a bin might overflow
 };
 using Layers = c10::SmallVector<std::shared_ptr<Layer>, 1>;
+struct Monitor;
 
 /// What lies below one module: the layers of its first call of an activation, of its second, and so on. There is more than one
 /// where a call is now of one activation and now of another, or on several devices.
 struct Scope {
+  Monitor& monitor;
+  int64_t number;    // among those of the monitor
   int64_t unit_dim;  // kByRank: the last one of up to three dims, else the second
-  std::vector<Layers> calls;
   static constexpr int64_t kByRank = INT64_MIN;
+
+  Scope(Monitor& m, int64_t n, int64_t dim) : monitor(m), number(n), unit_dim(dim) {}
+  /// The layers of a call; null where there is none. No lock is needed.
+  const Layers* layers_at(int64_t position) const;
+  /// One more; under the monitor's lock.
+  void add(int64_t position, std::shared_ptr<Layer> layer);
+
+ private:
+  using Calls = std::vector<std::atomic<const Layers*>>;
+  // What is read without a lock never changes: something else takes its place, and it stays.
+  std::atomic<const Calls*> calls_ = nullptr;
+  std::deque<Calls> all_calls_;
+  std::deque<Layers> all_layers_;
 };
 
-struct Monitor : std::enable_shared_from_this<Monitor> {
+struct Monitor {
   int64_t sample;  // how many elements of a tensor, as Look has it
   const std::shared_ptr<State> state = std::make_shared<State>();
   std::deque<Scope> scopes;
@@ -137,15 +166,18 @@ struct Monitor : std::enable_shared_from_this<Monitor> {
   void start();
   void close();
   /// A new scope. `unit_dim`: that of its calls.
-  int64_t add_scope(int64_t unit_dim);
-  /// From now on, in this thread, calls of activations belong to that scope; until it is left. Unless that is not called in
-  /// the mode of the step, and nobody but the module's own flag, `training`, could say so: false, then.
-  bool enter(int64_t scope, bool training);
-  /// How many calls of ours there were; -1 where it was not entered.
-  int64_t leave(int64_t scope);
-  /// For an output that no op of ours has computed.
-  std::shared_ptr<Layer> output(int64_t scope, const Kind& kind, const Tensor& y);
+  Scope& add_scope(int64_t unit_dim);
+  Scope& scope(int64_t number);
 };
+
+/// From now on, in this thread, calls of activations belong to that scope; until it is left. Unless that is not called in the
+/// mode of the step, and nobody but the module's own flag, `training`, could say so: false, then. `kept`: its monitor, unless
+/// the caller keeps it until it leaves.
+bool enter(Scope&, bool training, std::shared_ptr<Monitor> kept = nullptr);
+/// How many calls of ours there were; -1 where it was not entered.
+int64_t leave(Scope&);
+/// For an output that no op of ours has computed.
+std::shared_ptr<Layer> output(Scope&, const Kind& kind, const Tensor& y);
 
 /// The layers that y, a dense tensor that an op of ours computes, is the next output of: in `room`, unless they are noted.
 const Layers& layers_of(const Kind& kind, const Tensor& y, Layers& room);
@@ -174,8 +206,8 @@ class Sights {
  public:
   Sights() = default;
   Sights(const Sights&) = delete;
-  /// Of x; both outlive it.
-  void prepare(const Layers& layers, int side, const Tensor& x);
+  /// Of x, which a kernel of ours is at; both outlive it.
+  void prepare(const Layers& layers, int side, DType dtype, const Tensor& x);
   /// Brings closer what part() reads, which another thread has just written.
   void fetch() const {
     const char* const lines = reinterpret_cast<const char*>(&first_);
@@ -189,9 +221,14 @@ class Sights {
   void whole() {
     for (Layer* layer : others_) look(*layer, side_, *x_);
   }
-  /// All have been told of: what was found in the samples is added up.
+  /// All have been told of: what was found in the samples is added up. `held`: the lock of a layer, or none, before and after.
+  using Held = std::unique_lock<Latch>;
+  void together(Held& held) {
+    if (first()) add_up(held);
+  }
   void together() {
-    if (first()) add_up();
+    Held held;
+    together(held);
   }
 
  private:
@@ -209,9 +246,10 @@ class Sights {
   };
   static constexpr int64_t kRuns = 32;
   const Sample* first() const { return first_.kernel ? &first_ : nullptr; }
-  void add_up();
+  void add_up(Held& held);
 
   Sample first_;  // if there is one, it has a kernel
+  const Eyes* eyes_ = nullptr;
   c10::SmallVector<Layer*, 1> others_;
   int side_ = 0;
   const Tensor* x_ = nullptr;
