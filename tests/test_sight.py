@@ -7,6 +7,7 @@ import copy
 import gc
 import io
 import math
+import threading
 import tracemalloc
 import weakref
 from collections.abc import Callable
@@ -354,6 +355,29 @@ def test_samples_come_everywhere(n: int) -> None:
     units = only(watched(model, *[lambda: model(x)] * 200, sample=200)).units
     assert units is not None
     assert units.seen.any(axis=0).all()
+
+
+def test_callers_at_once(one_thread: None) -> None:
+    """Several threads call one module, in other orders of their inputs' widths: nothing is lost, and no layer made twice."""
+    widths, rows, calls, model = (1000, 2000, 3000), 20, 300, fastact.Tanh()  # so many that the interpreter's lock is released
+
+    def call_all(first: int) -> None:
+        with torch.no_grad():
+            for k in range(calls):
+                model(xs[(first + k) % 3])
+
+    xs = [torch.full((rows, width), 3.0) for width in widths]
+    with fastact.monitor(model, sample=None) as watch:
+        threads = [threading.Thread(target=call_all, args=(k,)) for k in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    layers = watch.history().layers
+    assert sorted(layer.units.number for layer in layers) == list(widths)  # type: ignore[union-attr]
+    for layer in layers:
+        total = calls * rows * layer.units.number  # type: ignore[union-attr]
+        assert layer.output.count.sum() == layer.output.high.sum() == layer.output.histogram.sum() == total
 
 
 @pytest.mark.cpu_only("the number of threads is the CPU's")
