@@ -976,9 +976,14 @@ def test_compiled_models() -> None:
         compiled = torch.compile(net, backend="eager", fullgraph=True)
         compiled(x)
     assert not watch.history().layers
+    why = "runs in code that torch.compile made, or was never called"
     with fastact.monitor(compiled) as watch:
         compiled(x)
-    assert {why for _, why in watch.history().unseen} == {"runs in code that torch.compile made"}
+    assert watch.history().unseen == [("1", why), ("3", why)]
+    part = nn.Sequential(nn.ReLU(), torch.compile(nn.Sequential(fastact.Tanh()), backend="eager"), nn.Sigmoid())
+    with fastact.monitor(part) as watch:
+        part[1](part[0](x))
+    assert watch.history().unseen == [("1._orig_mod.0", why), ("2", "was never called")]
 
 
 @pytest.mark.cpu_only("torch.compile is the CPU's here")

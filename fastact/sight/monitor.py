@@ -84,6 +84,7 @@ class _Place(NamedTuple):
     shared: list[str]  # other paths of the same module
     activation: bool  # whether the module is one; else functions are called in it
     ours: bool
+    compiled: bool  # whether it or one that it is part of was given to torch.compile
 
 
 def _ignored(*_: Any) -> None:
@@ -204,7 +205,7 @@ class Watch:
         self.every, self.sample = every, sample
         self._loss = type(loss).__name__ if isinstance(loss, nn.Module) else loss
         self._distributed = _distributed(model)
-        self._compiled = any(_compiled(m) for m in model.modules())
+        compiled = {part for m in model.modules() if _compiled(m) for part in m.modules()}
         model = _unwrapped(model)
         self._model = weakref.ref(model)
         self._parameters = [weakref.ref(p) for p in model.parameters()]
@@ -220,12 +221,12 @@ class Watch:
         self._gradients = 0  # how many the kernels had looked at when the step began
         self._maker: int | None = None  # which layer the model's output comes from; -1: none
         self._history: History | None = None
-        self._hook(model, unit_dim)  # which may raise
+        self._hook(model, unit_dim, compiled)  # which may raise
         self._core.start()
 
     # ---- Hooks -----------------------------------------------------------------------------------------------------------
 
-    def _hook(self, model: nn.Module, unit_dim: int | Mapping[str, int] | None) -> None:
+    def _hook(self, model: nn.Module, unit_dim: int | Mapping[str, int] | None, compiled: set[nn.Module]) -> None:
         paths: dict[nn.Module, list[str]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             paths.setdefault(module, []).append(path)
@@ -240,7 +241,7 @@ class Watch:
             ours, torchs = isinstance(module, modules.classes), isinstance(module, _TORCHS)
             leaf = next(module.children(), None) is None
             if ours or torchs or not type(module).__module__.startswith("torch."):
-                self._places.append(_Place(path, shared, ours or torchs, ours))
+                self._places.append(_Place(path, shared, ours or torchs, ours, module in compiled))
                 dim = 1 if isinstance(before, _CHANNELS) else _BY_RANK
                 if unit_dim is not None:
                     dim = unit_dim.get(path, dim) if isinstance(unit_dim, Mapping) else unit_dim
@@ -366,13 +367,14 @@ class Watch:
         layers = self._core.layers()
         names = _names(layers, self._places)
         seen = {layer["scope"] for layer in layers}
-        why = "runs in code that torch.compile made" if self._compiled else "was never called"
+        unseen = [p for scope, p in enumerate(self._places) if p.activation and scope not in seen]
+        why = {False: "was never called", True: "runs in code that torch.compile made, or was never called"}
         return History(
             layers=[
                 _layer(index, layer, name, self._places[layer["scope"]], self._done)
                 for index, (layer, name) in enumerate(zip(layers, names, strict=True))
             ],
-            unseen=[(p.path, why) for scope, p in enumerate(self._places) if p.activation and scope not in seen],
+            unseen=[(place.path, why[place.compiled]) for place in unseen],
             every=self.every,
             sample=self.sample,
             environment={"torch": torch.__version__, "devices": sorted({layer["device"] for layer in layers})},

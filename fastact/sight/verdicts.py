@@ -304,7 +304,8 @@ def unseen(history: History, summary: Sequence[Figure], targets: Targets | None)
         else:
             remedy = (
                 "Call the model in a way that reaches it while the monitor is open. If that was done, the model uses it "
-                "without calling it (its forward(), or a function of torch.nn.functional in its place), or not at all."
+                "without calling it (its forward(), a function of torch.nn.functional in its place, or code that "
+                "torch.compile made), or not at all."
             )
         yield Verdict(path, "unseen", why, remedy)
 
