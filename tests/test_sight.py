@@ -1000,6 +1000,33 @@ def test_compiled_code_of_others_stays() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("optimizer", [False, True])
+def test_an_evaluation_between_forward_and_backward(optimizer: bool) -> None:
+    """The gradients are those of the training step before it; a gradient that an evaluation has itself stays where it is."""
+    model = nn.Sequential(nn.Linear(4, 6), fastact.Tanh())
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    x, other = torch.ones(3, 4), torch.ones(2, 4)
+    with fastact.monitor(model, sample=None) as watch:
+        for _ in range(3):
+            y = model.train()(x)
+            with torch.no_grad():
+                for _ in range(2):
+                    model.eval()(other)
+            y.sum().backward()
+            if optimizer:
+                sgd.step()
+            sgd.zero_grad()
+        model.eval()(other.requires_grad_()).sum().backward()
+    (layer,) = watch.history().layers
+    assert layer.training.tolist() == [True, False, False] * 3 + [False]
+    assert layer.output.count.tolist() == [18, 12, 12] * 3 + [12]
+    for side, total in ((layer.gradient_in, 18.0), (layer.gradient_out, None)):
+        assert side.count.tolist() == [18, 0, 0] * 3 + [12]
+        assert (side.maximum[[0, 3, 6, 9]] > 0).all()
+        assert total is None or side.total.tolist() == [total, 0, 0] * 3 + [12]
+        assert side.histogram.sum() == 3 * 18  # of training
+
+
 # ---- Arguments -------------------------------------------------------------------------------------------------------------
 
 

@@ -246,6 +246,9 @@ void define_monitor(py::module_& m) {
           "training", [](const Monitor& monitor) { return monitor.state->training.load(); },
           [](Monitor& monitor, bool is) { monitor.state->training = is; })
       .def_property(
+          "owing", [](const Monitor& monitor) { return monitor.state->owing.load(); },
+          [](Monitor& monitor, bool is) { monitor.state->owing = is; })
+      .def_property(
           "calls", [](const Monitor& monitor) { return monitor.state->calls.load(); },
           [](Monitor& monitor, int number) { monitor.state->calls = number; })
       .def_property_readonly("gradients", [](const Monitor& monitor) { return monitor.state->gradients.load(); })

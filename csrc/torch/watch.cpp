@@ -184,6 +184,8 @@ void carry(Layer& layer, int64_t n) {
   layer.counted = kCarry + n;
 }
 
+bool in_training(const Layer& layer, int side) { return layer.state->training || (side != kOutput && layer.state->owing); }
+
 /// Sets `a` to which elements of a dense x the next look at that side is at. Two threads may get the same ones. In its place:
 /// what was just written in small parts is slow to copy in larger ones.
 void next_look(Layer& layer, int side, const Tensor& x, Look& a) {
@@ -193,7 +195,7 @@ void next_look(Layer& layer, int side, const Tensor& x, Look& a) {
   a.low = side == kOutput ? layer.levels.low : kNone;
   a.high = side == kOutput ? layer.levels.high : kNone;
   const bool units = side == kOutput && layer.units > 0 && layer.unit_dim < x.dim() && x.size(layer.unit_dim) == layer.units;
-  const bool training = layer.state->training, trained = layer.trained;
+  const bool training = in_training(layer, side), trained = layer.trained;
   if (training || !trained) {
     const int64_t number = training && !trained ? 0 : layer.shown[side].load();
     set(layer.shown[side], number + 1);
@@ -208,7 +210,7 @@ void next_look(Layer& layer, int side, const Tensor& x, Look& a) {
 /// Where what is found goes to; under the layer's lock.
 Counters counters_for(Layer& layer, int side, const Look& a) {
   layer.sizes[side] += a.n;
-  if (layer.state->training && !layer.trained) {
+  if (in_training(layer, side) && !layer.trained) {
     layer.trained = true;
     const c10::impl::ExcludeDispatchKeyGuard ours(kTransforms);
     layer.histograms.zero_();

@@ -75,6 +75,7 @@ struct State {
   std::atomic<bool> running = false;   // whether a module was entered since this was last set to false
   std::atomic<bool> recording = true;  // what is entered otherwise is not looked at
   std::atomic<bool> training = true;   // the mode of what comes
+  std::atomic<bool> owing = false;     // gradients that come are those of training, whatever that mode is
   std::atomic<int> calls{0};           // of the watched model, that have begun and not ended
   std::atomic<int64_t> gradients{0};   // looked at
   // Where the last output is, and which of the layers made it.

@@ -219,6 +219,7 @@ class Watch:
         self._core.training = model.training
         self._versions = 0  # of the parameters, when the step began
         self._gradients = 0  # how many the kernels had looked at when the step began
+        self._owed: int | None = None  # the step of training that gradients are of which come after an evaluation
         self._maker: int | None = None  # which layer the model's output comes from; -1: none
         self._history: History | None = None
         self._hook(model, unit_dim, compiled)  # which may raise
@@ -274,7 +275,10 @@ class Watch:
     def _called(self, module: nn.Module, output: Any) -> None:
         in_backward = torch._C._current_graph_task_id() != -1  # a checkpoint calls once more, for the same step
         if self._core.running and not in_backward and (not module.training or not self._core.training or self._trained()):
+            trained = self._step if self._core.training and self._core.recording else self._owed
             self.step()
+            # An evaluation that has no gradients of its own may come between a forward of training and its backward.
+            self._owe(None if module.training or torch.is_grad_enabled() else trained)
         self._core.calls += 1
         if in_backward:
             return
@@ -282,8 +286,12 @@ class Watch:
             self._versions = self._versions_now()
         self._core.training, self._core.running = module.training, True
 
+    def _owe(self, step: int | None) -> None:
+        self._owed, self._core.owing = step, step is not None
+
     def _switched(self, module: nn.Module, output: Any, scope: int) -> None:
         self.step()
+        self._owe(None)
         self._core.enter(scope, module.training)
 
     def _trained(self) -> bool:
@@ -335,6 +343,7 @@ class Watch:
             self._parameters = [weakref.ref(p) for p in own.values()]
             self._optimizers.add(optimizer)
         self.step()
+        self._owe(None)
 
     # ---- Steps -----------------------------------------------------------------------------------------------------------
 
@@ -342,8 +351,8 @@ class Watch:
         """Ends a step: what comes after it belongs to the next one. Does nothing where none has begun."""
         if self._history is not None or not self._core.running:
             return
-        if self._core.recording:
-            self._pending.append(_Copies.of(self._step, self._core.training, self._core))
+        if self._core.recording or self._owed is not None:
+            self._pending.append(_Copies.of(self._step, self._core.training, self._owed, self._core))
             if len(self._pending) >= PENDING:
                 self._take_in(wait=False)
         self._step += 1
@@ -354,7 +363,10 @@ class Watch:
         layers = None
         while self._pending and (wait or len(self._pending) >= 4 * PENDING or self._pending[0].ready()):
             layers = layers or self._core.layers()
-            self._done.append(self._pending.pop(0).taken_in(layers))
+            step = self._pending.pop(0).taken_in(layers)
+            if step.owed is not None:
+                _hand_over(step.ledgers, next(e.ledgers for e in reversed(self._done) if e.number == step.owed))
+            self._done.append(step)
 
     # ---- What was seen -----------------------------------------------------------------------------------------------------
 
@@ -494,6 +506,7 @@ class _Step(NamedTuple):
 
     number: int
     training: bool
+    owed: int | None  # the step that its gradients belong to, if that is another one
     ledgers: NDArray[np.uint64]  # [layers so far, _WORDS]
     flags: list[tuple[NDArray[np.uint8], NDArray[np.uint8]] | None]  # of each layer: units looked at, units active; packed bits
 
@@ -503,11 +516,12 @@ class _Copies(NamedTuple):
 
     number: int
     training: bool
+    owed: int | None
     chunks: dict[tuple[str, int], Tensor | bytes]
     events: list[Any]
 
     @staticmethod
-    def of(number: int, training: bool, core: Any) -> _Copies:
+    def of(number: int, training: bool, owed: int | None, core: Any) -> _Copies:
         chunks: dict[tuple[str, int], Tensor | bytes] = {}
         events: list[Any] = []
         for device, index, counters in core.take():
@@ -517,7 +531,7 @@ class _Copies(NamedTuple):
                 with torch.cuda.device(device):
                     events.append(event())
                     events[-1].record()
-        return _Copies(number, training, chunks, events)
+        return _Copies(number, training, owed, chunks, events)
 
     def ready(self) -> bool:
         return all(event.query() for event in self.events)
@@ -539,7 +553,19 @@ class _Copies(NamedTuple):
             ledgers[index] = array[at : at + 8 * _WORDS].view(np.uint64)
             at += 8 * _WORDS
             flags.append((np.packbits(array[at : at + units]), np.packbits(array[at + units : at + 2 * units])))
-        return _Step(self.number, self.training, ledgers, flags)
+        return _Step(self.number, self.training, self.owed, ledgers, flags)
+
+
+def _hand_over(ledgers: NDArray[np.uint64], to: NDArray[np.uint64]) -> None:
+    """Adds what was counted of the gradients to an earlier step's ledgers."""
+    counts, extremes, sums = slice(0, _TALLY.index("largest")), slice(_TALLY.index("largest"), _WHOLE), slice(_WHOLE, None)
+    for side in (1, 2):
+        place = slice(side * len(_TALLY), (side + 1) * len(_TALLY))
+        come, there = ledgers[: len(to), place], to[:, place]
+        there[:, counts] += come[:, counts]
+        there[:, extremes] = np.maximum(there[:, extremes], come[:, extremes])
+        there[:, sums].view(np.float64)[:] += come[:, sums].view(np.float64)
+        come[:] = 0
 
 
 def _names(layers: list[dict[str, Any]], places: list[_Place]) -> list[str]:
