@@ -1113,9 +1113,10 @@ def run(model: nn.Module, generator: torch.Generator, steps: int = 40) -> Any:
     return watch
 
 
-# Of ReLU stacks of depth 4 the worst of 400 had 6% of dead units in a layer; some of depth 6 are not healthy (verdicts.DEAD).
+# Of ReLU stacks of depth 3 the worst of 1,400 had 6% of dead units in a layer; of depth 4 one of 1,000 had 12%, and is not
+# healthy (verdicts.DEAD).
 @pytest.mark.parametrize(
-    ("activation", "depth", "gain"), [(fastact.Tanh, 6, 1.0), (fastact.ReLU, 4, 2**0.5), (nn.ReLU, 4, 2**0.5)]
+    ("activation", "depth", "gain"), [(fastact.Tanh, 6, 1.0), (fastact.ReLU, 3, 2**0.5), (nn.ReLU, 3, 2**0.5)]
 )
 def test_a_healthy_network_gets_no_verdict(activation: Any, depth: int, gain: float, generator: torch.Generator) -> None:
     assert kinds(run(deep(activation, depth, gain, generator), generator)) == []

@@ -31,7 +31,7 @@ VANISHED_BELOW_OUTPUT = 1e-2
 EXPLODED = 1e3
 
 # Of the units seen. A few that never fire are found in most networks of ReLU, and more of them the deeper the layer, since the
-# inputs of deep layers become alike: plain stacks of six layers and more may begin with so many, which is a trouble too.
+# inputs of deep layers become alike: plain stacks of four layers and more may begin with so many, which is a trouble too.
 DEAD = 0.1
 
 # Before a unit is called dead: elements looked at. One that is active once in fifty is missed with probability
