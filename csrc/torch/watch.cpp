@@ -25,7 +25,7 @@ constexpr int64_t kMostCounted = int64_t(1) << 32;
 constexpr size_t kMostWidths = 4;
 // Samples that go into the histogram: the first ones, and so many of 2^32, spread evenly over the calls.
 constexpr int64_t kShownFirst = 8;
-constexpr uint32_t kShown = uint32_t(1) << 29;
+constexpr uint32_t kShown = uint32_t(1) << 28;
 // What torch.func would have to do with the counters, were they its tensors.
 constexpr c10::DispatchKeySet kTransforms({c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
                                            c10::DispatchKey::FuncTorchDynamicLayerBackMode,
@@ -37,15 +37,21 @@ struct Frame {
   std::shared_ptr<Monitor> kept;
   int64_t next = 0;
 };
-/// Of a thread. In a library that is loaded later, every access to what is thread_local is a call.
+/// Of a thread. In a library that is loaded later, every access to what is thread_local is a call, and one more where it has to
+/// be constructed.
 struct Here {
   std::vector<Frame> frames;
   Layers* noting = nullptr;
   const Layers* backward = nullptr;
 };
-Here& here() {
+constinit thread_local Here* known = nullptr;
+[[gnu::noinline]] Here& make_here() {
   thread_local Here only;
-  return only;
+  return *(known = &only);
+}
+Here& here() {
+  Here* const only = known;
+  return only ? *only : make_here();
 }
 
 const Eyes*& eyes(c10::DeviceType type) {
