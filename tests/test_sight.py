@@ -1027,6 +1027,24 @@ def test_an_evaluation_between_forward_and_backward(optimizer: bool) -> None:
         assert side.histogram.sum() == 3 * 18  # of training
 
 
+@pytest.mark.parametrize("ends", ["step", "report"])
+def test_a_step_that_ends_between_them(ends: str) -> None:
+    """What comes later is not taken for the gradients of that training step."""
+    model = nn.Sequential(nn.Linear(4, 6), fastact.Tanh())
+    x = torch.ones(3, 4)
+    with fastact.monitor(model, sample=None) as watch:
+        model.train()(x)
+        with torch.no_grad():
+            model.eval()(x)
+        getattr(watch, ends)()
+        for _ in range(2):
+            model.train()(x).sum().backward()
+            watch.step()
+    (layer,) = watch.history().layers
+    assert layer.training.tolist() == [True, False, True, True]
+    assert layer.gradient_in.count.tolist() == [0, 0, 18, 18]
+
+
 # ---- Arguments -------------------------------------------------------------------------------------------------------------
 
 

@@ -274,15 +274,17 @@ class Watch:
 
     def _called(self, module: nn.Module, output: Any) -> None:
         in_backward = torch._C._current_graph_task_id() != -1  # a checkpoint calls once more, for the same step
+        owed = self._owed
         if self._core.running and not in_backward and (not module.training or not self._core.training or self._trained()):
-            trained = self._step if self._core.training and self._core.recording else self._owed
+            if self._core.training and self._core.recording:
+                owed = self._step
             self.step()
-            # An evaluation that has no gradients of its own may come between a forward of training and its backward.
-            self._owe(None if module.training or torch.is_grad_enabled() else trained)
         self._core.calls += 1
         if in_backward:
             return
         if not self._core.running:
+            # An evaluation that has no gradients of its own may come between a forward of training and its backward.
+            self._owe(None if module.training or torch.is_grad_enabled() else owed)
             self._versions = self._versions_now()
         self._core.training, self._core.running = module.training, True
 
@@ -351,8 +353,9 @@ class Watch:
         """Ends a step: what comes after it belongs to the next one. Does nothing where none has begun."""
         if self._history is not None or not self._core.running:
             return
-        if self._core.recording or self._owed is not None:
-            self._pending.append(_Copies.of(self._step, self._core.training, self._owed, self._core))
+        owed = None if self._core.training else self._owed
+        if self._core.recording or owed is not None:
+            self._pending.append(_Copies.of(self._step, self._core.training, owed, self._core))
             if len(self._pending) >= PENDING:
                 self._take_in(wait=False)
         self._step += 1
