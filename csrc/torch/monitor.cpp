@@ -117,7 +117,7 @@ using Places = c10::SmallVector<std::shared_ptr<const Place>, 1>;
 py::capsule kept(Places places) {
   return py::capsule(new Places(std::move(places)), [](void* p) { delete static_cast<Places*>(p); });
 }
-const Places& places_in(const py::capsule& kept) { return *static_cast<Places*>(PyCapsule_GetPointer(kept.ptr(), nullptr)); }
+Places& places_in(const py::capsule& kept) { return *static_cast<Places*>(PyCapsule_GetPointer(kept.ptr(), nullptr)); }
 
 /// By the module, and by the dict of its forward hooks: what is a shallow copy of the module, such as a replica of
 /// DataParallel, has the same, and no deep copy has.
@@ -160,11 +160,13 @@ void announce(const std::shared_ptr<watch::Monitor>& monitor, int64_t scope, boo
   const std::shared_ptr<const Place> place(
       new Place{monitor, monitor->scope(scope), activation, std::move(switched), std::move(left)});
   for (const py::object& key : {py::reinterpret_borrow<py::object>(module), hooks_of(module.ptr())}) {
-    Announced& entry = announced()[key.ptr()];
-    Places places;
-    if (entry.alive && is_of(entry, key.ptr())) places = places_in(entry.places);
+    // Where Python makes an object it may run code, such as the end of a monitor, which forgets: so the entries come after.
+    Announced now{py::weakref(key), kept({})};
+    auto& places = places_in(now.places);
+    const auto before = announced().find(key.ptr());
+    if (before != announced().end() && is_of(before->second, key.ptr())) places = places_in(before->second.places);
     places.push_back(place);
-    entry = {py::weakref(key), kept(std::move(places))};
+    std::swap(announced()[key.ptr()], now);
   }
 }
 
