@@ -1027,6 +1027,45 @@ def test_an_evaluation_between_forward_and_backward(optimizer: bool) -> None:
         assert side.histogram.sum() == 3 * 18  # of training
 
 
+def test_an_evaluation_between_them_that_is_not_recorded() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), fastact.Tanh())
+    sgd, x = torch.optim.SGD(model.parameters(), 0.1), torch.ones(3, 4)
+    with fastact.monitor(model, every=2, sample=None) as watch:
+        for _ in range(3):
+            y = model.train()(x)
+            with torch.no_grad():
+                model.eval()(x)
+            y.sum().backward()
+            sgd.step()
+    (layer,) = watch.history().layers
+    assert layer.steps.tolist() == [0, 2, 4]
+    assert layer.output.count.tolist() == layer.gradient_in.count.tolist() == [18, 18, 18]
+
+
+def test_an_evaluation_before_a_checkpoint_is_computed_again() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 6), fastact.Tanh())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    model = nn.Sequential(Block(), fastact.Sigmoid())
+    x = torch.ones(3, 4)
+    with fastact.monitor(model, sample=None) as watch:
+        for _ in range(2):
+            y = model.train()(x)
+            with torch.no_grad():
+                model.eval()(x)
+            model.train()
+            y.sum().backward()
+            model.zero_grad()
+    for layer in watch.history().layers:
+        assert layer.training.tolist() == [True, False] * 2
+        assert layer.gradient_in.count.tolist() == layer.gradient_out.count.tolist() == [18, 0] * 2
+
+
 @pytest.mark.parametrize("ends", ["step", "report"])
 def test_a_step_that_ends_between_them(ends: str) -> None:
     """What comes later is not taken for the gradients of that training step."""

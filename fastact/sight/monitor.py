@@ -273,18 +273,16 @@ class Watch:
             self._handles.append(module.register_forward_hook(hook, always_call=True))
 
     def _called(self, module: nn.Module, output: Any) -> None:
-        in_backward = torch._C._current_graph_task_id() != -1  # a checkpoint calls once more, for the same step
-        owed = self._owed
-        if self._core.running and not in_backward and (not module.training or not self._core.training or self._trained()):
-            if self._core.training and self._core.recording:
-                owed = self._step
-            self.step()
-        self._core.calls += 1
-        if in_backward:
+        if _in_backward():
+            self._core.calls += 1
             return
-        if not self._core.running:
+        if self._core.running and (not module.training or not self._core.training or self._trained()):
+            trained = self._step if self._core.training and self._core.recording else self._owed
+            self.step()
             # An evaluation that has no gradients of its own may come between a forward of training and its backward.
-            self._owe(None if module.training or torch.is_grad_enabled() else owed)
+            self._owe(None if module.training or torch.is_grad_enabled() else trained)
+        self._core.calls += 1
+        if not self._core.running:
             self._versions = self._versions_now()
         self._core.training, self._core.running = module.training, True
 
@@ -292,9 +290,11 @@ class Watch:
         self._owed, self._core.owing = step, step is not None
 
     def _switched(self, module: nn.Module, output: Any, scope: int) -> None:
-        self.step()
-        self._owe(None)
-        self._core.enter(scope, module.training)
+        if _in_backward():
+            self._core.enter(scope, False)
+        else:
+            self.step()
+            self._core.enter(scope, module.training)
 
     def _trained(self) -> bool:
         """Whether what comes is a new step, where no optimizer says so: after a backward, parameters have been changed or new
@@ -345,7 +345,6 @@ class Watch:
             self._parameters = [weakref.ref(p) for p in own.values()]
             self._optimizers.add(optimizer)
         self.step()
-        self._owe(None)
 
     # ---- Steps -----------------------------------------------------------------------------------------------------------
 
@@ -353,13 +352,13 @@ class Watch:
         """Ends a step: what comes after it belongs to the next one. Does nothing where none has begun."""
         if self._history is not None or not self._core.running:
             return
-        owed = None if self._core.training else self._owed
-        if self._core.recording or owed is not None:
-            self._pending.append(_Copies.of(self._step, self._core.training, owed, self._core))
+        if self._core.recording or self._owed is not None:
+            self._pending.append(_Copies.of(self._step, self._core.training, self._owed, self._core))
             if len(self._pending) >= PENDING:
                 self._take_in(wait=False)
         self._step += 1
         self._core.running, self._core.calls, self._gradients = False, 0, self._core.gradients
+        self._owe(None)
         self._core.recording = self._step % self.every == 0
 
     def _take_in(self, wait: bool) -> None:
@@ -369,7 +368,8 @@ class Watch:
             step = self._pending.pop(0).taken_in(layers)
             if step.owed is not None:
                 _hand_over(step.ledgers, next(e.ledgers for e in reversed(self._done) if e.number == step.owed))
-            self._done.append(step)
+            if step.number % self.every == 0:
+                self._done.append(step)
 
     # ---- What was seen -----------------------------------------------------------------------------------------------------
 
@@ -440,6 +440,11 @@ class Watch:
             handle.remove()
         if (core := getattr(self, "_core", None)) is not None:
             core.close()
+
+
+def _in_backward() -> bool:
+    """Where a checkpoint calls once more, for the same step."""
+    return torch._C._current_graph_task_id() != -1
 
 
 # ---- Models --------------------------------------------------------------------------------------------------------------
