@@ -456,6 +456,7 @@ HEALTHY: dict[str, Callable[[np.random.Generator], History]] = {
     "dead units after few steps": lambda r: a_few_dead(r, 16, steps=3, batch=640),
     "nothing": lambda r: history(),
 }
+FEW = ("dead units after few looks", "dead units after few steps")
 
 
 @pytest.mark.parametrize("name", HEALTHY)
@@ -463,6 +464,8 @@ def test_a_healthy_network_gets_no_verdict(name: str, random: np.random.Generato
     report = Report(HEALTHY[name](random))
     assert report.verdicts == []
     assert ("No trouble found." in str(report)) == bool(report.figures)
+    # What the table says of dead units is no verdict yet, and says so.
+    assert ("count as dead after few looks" in report.looked_at()) == (name in FEW)
 
 
 def sparse_relu(random: np.random.Generator) -> History:
@@ -735,6 +738,9 @@ def test_the_table_has_a_line_per_layer(random: np.random.Generator) -> None:
     assert f"{report.figures[1]['dead_units']}/5" in lines[2]
     assert re.search(r"^d: 28 rows, \d+\.\d% sure \(p > 0.99\), mean entropy [\d.]+ log n, 1 rows of NaN$", str(report), re.M)
     looked_at = "Looked at: 4 steps (0 to 4) in training mode, all elements. 2 steps in evaluation mode are in rows() only. "
+    if report.figures[1]["dead_units"]:
+        looked_at += f"Units of {name} count as dead after few looks: a verdict takes {verdicts.DEAD_LOOKS} of each in "
+        looked_at += f"{verdicts.DEAD_STEPS} steps (more steps, or sample=None). "
     assert report.looked_at() == looked_at + "Not seen at all: head.act."
     assert " ".join(str(report).split()).endswith(report.looked_at())
 

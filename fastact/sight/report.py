@@ -16,7 +16,7 @@ from fastact import _C
 from fastact.sight import figures
 from fastact.sight.figures import SIDES, Figure
 from fastact.sight.history import History, Layer, Side
-from fastact.sight.verdicts import Verdict, range_of, verdicts
+from fastact.sight.verdicts import DEAD_LOOKS, DEAD_STEPS, Verdict, inactive, range_of, verdicts
 
 WIDTH = 120  # of the printed report
 SHORTEST_NAME = 24  # that the table shortens a long path to, even if a line becomes wider
@@ -126,6 +126,12 @@ class Report:
         without = [f["layer"] for f in self.figures if not f["gradient_in_elements"] and not f["gradient_out_elements"]]
         if without:
             yield f"No gradient was seen of {_some(without)}"
+        few = [layer.name for layer, *_, enough in inactive(self.history, self.figures) if not enough]
+        if few:
+            yield (
+                f"Units of {_some(few)} count as dead after few looks: a verdict takes {DEAD_LOOKS} of each in {DEAD_STEPS} "
+                "steps (more steps, or sample=None)"
+            )
         if self.history.unseen:
             yield f"Not seen at all: {_some([path for path, _ in self.history.unseen])}"
 

@@ -176,14 +176,20 @@ def exploding(history: History, summary: Sequence[Figure], targets: Targets | No
             return
 
 
+def inactive(history: History, summary: Sequence[Figure]) -> Iterator[tuple[Layer, Figure, float, bool]]:
+    """Layers of which more than DEAD of the units were 0 at every look, their figures, the looks per unit, and whether these
+    are enough to call them dead."""
+    for layer, f in zip(history.layers, summary, strict=True):
+        if layer.units is not None and not layer.rows and f["units"] and f["dead_share"] > DEAD:
+            looks = f["elements"] / f["units"]
+            yield layer, f, looks, looks >= DEAD_LOOKS and f["steps"] >= DEAD_STEPS
+
+
 def dead(history: History, summary: Sequence[Figure], targets: Targets | None) -> Iterator[Verdict]:
     """dead_units / units > DEAD, after DEAD_LOOKS elements of a unit in DEAD_STEPS steps. Not of softmax, whose outputs are not
     units that an input switches on."""
-    for layer, f in zip(history.layers, summary, strict=True):
-        if layer.units is None or layer.rows or not f["units"] or f["steps"] < DEAD_STEPS:
-            continue
-        looks = f["elements"] / f["units"]
-        if looks >= DEAD_LOOKS and f["dead_share"] > DEAD:
+    for layer, f, looks, enough in inactive(history, summary):
+        if enough:
             yield Verdict(
                 layer.name,
                 "dead units",
