@@ -59,12 +59,19 @@ def mlp(sizes: list[int], activation: Activation, gain: float | None = None) -> 
 
 
 def train(
-    model: nn.Module, x: Tensor, target: Tensor, loss: Loss, *, epochs: int, optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    loss: Loss,
+    *,
+    epochs: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    whole: bool = False,
 ) -> Report:
-    """Trains under a monitor, and returns its report."""
+    """Trains under a monitor, which looks at whole tensors or at samples, and returns its report."""
     optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=3e-3)
     order = torch.Generator().manual_seed(0)
-    with fastact.monitor(model) as watch:
+    with fastact.monitor(model, sample=None if whole else "auto") as watch:
         for _ in range(epochs):
             for batch in torch.randperm(len(x), generator=order).split(BATCH):
                 optimizer.zero_grad()
@@ -184,9 +191,9 @@ def dying_relus(data: Data, output: Path) -> None:
         model = mlp([64, 128, 128, 10], activation)
         optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
         train(model, data.x, data.digit, F.cross_entropy, epochs=10, optimizer=optimizer)
-        # What is dead now: over an epoch in which the weights stand still.
+        # What is dead now: for all images, while the weights stand still.
         still = torch.optim.SGD(model.parameters(), lr=0.0)
-        report = train(model, data.x, data.digit, F.cross_entropy, epochs=1, optimizer=still)
+        report = train(model, data.x, data.digit, F.cross_entropy, epochs=1, optimizer=still, whole=True)
         dead = ", ".join(f"{f['dead_units']} of {f['units']}" for f in report.figures)
         print(f"   {name}: dead units {dead}; accuracy {accuracy(model, data.test_x, data.test_digit):.1%}")
         show(f"5-dying-{i}", report, output)
