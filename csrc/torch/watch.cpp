@@ -44,13 +44,13 @@ struct Here {
   Layers* noting = nullptr;
   const Layers* backward = nullptr;
 };
-constinit thread_local Here* known = nullptr;
+constinit thread_local Here* made = nullptr;
 [[gnu::noinline]] Here& make_here() {
   thread_local Here only;
-  return *(known = &only);
+  return *(made = &only);
 }
 Here& here() {
-  Here* const only = known;
+  Here* const only = made;
   return only ? *only : make_here();
 }
 
