@@ -142,6 +142,7 @@ def test_inductor(options: dict[str, Any], generator: torch.Generator) -> None:
         torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.cpu_only("Dynamo makes tensors of numbers, which it can look into only there")
 def test_opaque_keeps_the_kernel(public_row: _registry.Row) -> None:
     x = torch.randn(3, 4)
     for given in calls(public_row):

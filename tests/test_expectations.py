@@ -244,6 +244,7 @@ class Activated(Dataset[Tensor]):
         return torch.stack([row.function(x, *values_of(row)) for row in PUBLIC_ROWS])
 
 
+@pytest.mark.cpu_only("the workers of a data loader compute there")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # of JAX, where another test has imported it
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -314,7 +315,7 @@ def test_nested_tensors(public_row: _registry.Row) -> None:
 def test_other_tensors_get_the_torch_op(public_row: _registry.Row, kind: str) -> None:
     make = {
         "sparse": lambda: torch.eye(3).to_sparse(),
-        "mkldnn": lambda: torch.randn(3, 4).to_mkldnn(),
+        "mkldnn": lambda: torch.randn(3, 4, device="cpu").to_mkldnn(),
         "quantized": lambda: torch.quantize_per_tensor(torch.randn(3, 4), 0.1, 0, torch.quint8),
         "complex": lambda: torch.randn(3, 4, dtype=torch.complex64),
     }[kind]

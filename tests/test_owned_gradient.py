@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from torch.utils import dlpack
 import fastact
 from fastact import memory
 
-pytestmark = pytest.mark.skipif(os.environ.get("FASTACT_TEST_DEVICE", "cpu") != "cpu", reason="only the CPU writes in place")
+pytestmark = pytest.mark.cpu_only("no GPU writes in place")
 
 MIB = 1 << 20
 OPS: dict[str, Callable[[Tensor], Tensor]] = {
