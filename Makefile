@@ -5,9 +5,9 @@ BIN    := .venv/bin
 # A build knows its torch: another TORCH makes the environment anew.
 STAMP  := .venv/.made-with-$(subst /,_,$(subst =,-,$(TORCH)))
 SOURCES := $(wildcard csrc/*.h csrc/*/*) setup.py pyproject.toml
-C_FILES := csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cuda_shim/*
+C_FILES := csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cuda_shim/* tests/cuda_stand_in/*.h tests/cuda_stand_in/*.cpp
 
-.PHONY: demo troubles test bench lint format install-check matrix docs cuda-check cuda-link clean
+.PHONY: demo troubles test bench lint format install-check matrix docs cuda-check cuda-link cuda-dry-run clean
 .PHONY: gpu-test gpu-build gpu-kernels gpu-suite gpu-sanitize
 
 demo: .venv/.built                      ## train a small CNN with torch.nn's activations and with fastact's
@@ -48,6 +48,9 @@ cuda-check: .venv-cuda/.made            ## what nvcc makes of the CUDA kernels: 
 cuda-link:                              ## build against a torch with CUDA, and import it (fetches 0.7 GB); no GPU
 	$(PYTHON) tools/cuda_link.py
 
+cuda-dry-run:                           ## the suite on a stand-in for a GPU, with a torch with CUDA (fetches 0.7 GB); no GPU
+	$(PYTHON) tools/cuda_dry_run.py
+
 # With PYTHON, its torch and the nvcc there as they are, and no network.
 gpu-test: gpu-build gpu-kernels gpu-suite gpu-sanitize  ## everything on a GPU
 
@@ -72,7 +75,7 @@ gpu-sanitize:
 	$(SANITIZE) --tool synccheck $(PYTHON) tests/cuda_sanitize.py
 
 clean:
-	rm -rf .venv .venv-cuda .venv-docs site build dist *.egg-info fastact/*.so fastact/_built.py
+	rm -rf .venv .venv-cuda .venv-docs .venv-dry-run site build dist *.egg-info fastact/*.so fastact/_built.py
 
 $(STAMP):
 	rm -rf .venv

@@ -13,6 +13,7 @@ prints; FASTACT_TEST_SEED sets it.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import random
 import runpy
@@ -53,9 +54,23 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
+# What a stand-in cannot do, by a word in the name of a test.
+NOT_PLAYED = {
+    "sparse": "there are no kernels of torch for sparse tensors",
+    "nested": "there are no kernels of torch for nested tensors",
+    "quantized": "there are no kernels of torch for quantized tensors",
+    "fast_path_of_transformers": "there is no kernel of torch for fused attention",
+    "softmax-float16-float32": "torch's softmax for the CPU takes no other dtype for its result",
+    "more than memory": "torch's op runs out of the CPU's memory",
+    "inductor": "there is no Triton",
+}
+
 # Set from the command line before any test file is imported; and how many threads a test compares, where that is its subject.
 DEVICE = "cpu"
 THREAD_COUNTS = [1, 2, 3]
+
+# Whether the GPU is one that the host plays (tests/cuda_stand_in). It does the same in every run, at a hundredth of the speed.
+STAND_IN = importlib.util.find_spec("stand_in_device") is not None
 
 # Whole files that look at the CPU, or at no device: why a GPU would tell nothing more.
 CPU_ONLY_FILES = {
@@ -68,6 +83,7 @@ CPU_ONLY_FILES = {
     "test_memory": "looks at the memory of CPU tensors",
     "test_packaging": "builds packages",
     "test_sight_report": "computes with NumPy",
+    "test_types": "asks a type checker",
 }
 
 # Parameters besides the defaults: both signs, zero, and values that are not powers of two.
@@ -153,6 +169,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_only(reason): about the CPU, so skipped with --device cuda")
     config.addinivalue_line("markers", "large: needs many GiB of GPU memory")
+    config.addinivalue_line("markers", "exhaustive: tries millions of numbers or thousands of lengths; not on a stand-in")
     if config.getoption("--device") == "cpu":
         return
     if not torch.cuda.is_available():
@@ -173,6 +190,13 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"device: {torch.cuda.get_device_name() if DEVICE == 'cuda' else 'cpu'}; FASTACT_TEST_SEED={SEED}"
 
 
+def not_played(item: pytest.Item) -> str | None:
+    """Why a test is not for a stand-in."""
+    if item.get_closest_marker("exhaustive"):
+        return "tries millions of numbers or thousands of lengths"
+    return next((reason for word, reason in NOT_PLAYED.items() if word in item.name), None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if DEVICE == "cpu":
         return
@@ -181,6 +205,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = mark.args[0] if mark else CPU_ONLY_FILES.get(item.path.stem)
         if reason:
             item.add_marker(pytest.mark.skip(reason=f"about the CPU: {reason}"))
+        elif STAND_IN and (reason := not_played(item)):
+            item.add_marker(pytest.mark.skip(reason=f"on a stand-in for a GPU: {reason}"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -66,7 +66,7 @@ def stand_in(libraries: Path, there: set[str]) -> None:
         if re.match(LEFT_OUT, name):
             versions.setdefault(version, []).append(name)
     code, script = libraries / "stand_in.c", libraries / "stand_in.map"
-    code.write_text("\n".join(f"void {name}(void) {{}}" for names in versions.values() for name in names))
+    code.write_text("\n".join(f"int {name}(void) {{ return 0; }}" for names in versions.values() for name in names))
     script.write_text("\n".join(f"{version} {{ {'; '.join(names)}; }};" for version, names in versions.items() if version))
     flags = ["-shared", "-fno-builtin", f"-Wl,--version-script={script}"]
     run(os.environ.get("CC", "cc"), *flags, code, "-o", libraries / STAND_IN)

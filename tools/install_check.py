@@ -51,11 +51,12 @@ def environment(folder: Path) -> Path:
 
 
 def source(folder: Path) -> Path:
-    """The tracked files of the checkout."""
+    """The tracked files of the checkout; what is there and the same stays as it is."""
     for name in run("git", "ls-files", "-z").split("\0"):
-        if name and (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes((ROOT / name).read_bytes())
+        original, copy = ROOT / name, folder / name
+        if original.is_file() and not (copy.exists() and copy.read_bytes() == original.read_bytes()):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(original.read_bytes())
     return folder
 
 

@@ -19,6 +19,10 @@
 #include <random>
 #include <vector>
 
+#if defined(FASTACT_STAND_IN)
+#include "../cuda_stand_in/stand_in.h"
+#endif
+
 #if !defined(__x86_64__)
 #error "fibers are switched in the assembly of x86-64"
 #endif
@@ -67,6 +71,13 @@ shim_switch:
   ret
 )");
 
+#if defined(FASTACT_STAND_IN)
+using stand_in::submit;
+#else
+/// There is one stream, and it is never busy.
+inline void submit(void*, const std::function<void()>& task) { task(); }
+#endif
+
 struct Barrier {
   int arrived = 0, passed = 0;
 };
@@ -96,10 +107,12 @@ class Machine {
   unsigned blocks = 0, threads = 0;
   Barrier cluster_barrier;
 
-  int run(int64_t blocks_, int threads_, int cluster, int shared_bytes, std::function<void()> kernel) {
-    if (blocks_ < 1 || blocks_ > kMostBlocks || threads_ < 1 || threads_ > kMostThreads || cluster < 1 ||
-        cluster > most_blocks_of_cluster || blocks_ % cluster != 0 || shared_bytes < 0 || shared_bytes > kMostShared)
-      return kInvalidValue;
+  static bool takes(int64_t blocks, int threads, int cluster, int shared_bytes) {
+    return blocks >= 1 && blocks <= kMostBlocks && threads >= 1 && threads <= kMostThreads && cluster >= 1 &&
+           cluster <= most_blocks_of_cluster && blocks % cluster == 0 && shared_bytes >= 0 && shared_bytes <= kMostShared;
+  }
+
+  void run(int64_t blocks_, int threads_, int cluster, int shared_bytes, std::function<void()> kernel) {
     blocks = unsigned(blocks_), threads = unsigned(threads_);
     kernel_ = std::move(kernel);
     while (stacks_.size() < size_t(cluster) * threads) stacks_.emplace_back(new unsigned char[kStack]);
@@ -119,7 +132,6 @@ class Machine {
       for (size_t i = 0; i < fibers_.size(); ++i) prepare(int(i));
       run_cluster();
     }
-    return 0;
   }
 
   Fiber& current() { return *current_; }
@@ -215,6 +227,13 @@ class Machine {
   void* scheduler_ = nullptr;
 };
 inline Machine machine;
+
+/// Returns what CUDA would: the launch is refused, or in the stream.
+inline int launch(int64_t blocks, int threads, int cluster, int shared_bytes, void* stream, std::function<void()> kernel) {
+  if (!Machine::takes(blocks, threads, cluster, shared_bytes)) return kInvalidValue;
+  submit(stream, [=] { machine.run(blocks, threads, cluster, shared_bytes, kernel); });
+  return 0;
+}
 
 inline void Machine::enter() {
   machine.kernel_();

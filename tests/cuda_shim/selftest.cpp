@@ -66,7 +66,7 @@ int main(int, char** argv) {
   for (int schedule = 0; schedule < shim::kSchedules; ++schedule) {
     shim::schedule = shim::Schedule(schedule);
     const auto run = [&](int threads, int cluster, int shared, auto kernel) {
-      error = shim::machine.run(blocks, threads, cluster, shared, kernel);
+      error = shim::launch(blocks, threads, cluster, shared, nullptr, kernel);
     };
     if (fault == "sound" || fault == "first barrier" || fault == "second barrier") {
       run(128, 1, 16, [&] { block_sums(x.data(), y.data(), fault != "first barrier", fault != "second barrier"); });

@@ -48,8 +48,8 @@ T* cluster_peer(T* place, int rank) {
 }
 
 template <class... P, class... A>
-int launch(void (*kernel)(P...), Grid grid, cuda::Queue, A... arguments) {
-  return shim::machine.run(grid.blocks, grid.threads, grid.cluster, grid.shared, [=] { kernel(P(arguments)...); });
+int launch(void (*kernel)(P...), Grid grid, cuda::Queue queue, A... arguments) {
+  return shim::launch(grid.blocks, grid.threads, grid.cluster, grid.shared, queue.stream, [=] { kernel(P(arguments)...); });
 }
 template <class... P>
 bool fits(void (*)(P...), Grid grid) {
