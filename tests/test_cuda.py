@@ -490,11 +490,16 @@ def test_a_watched_step_does_not_wait_for_the_device(library: types.ModuleType) 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
             torch.cuda.set_sync_debug_mode("error")
+        busy = torch.cuda.Event()
         try:
+            torch.cuda._sleep(200_000_000)  # cycles: some 0.1 s, in which the host launches all that follows
+            busy.record()
             for _ in range(3):
                 step()
+            waited = busy.query()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    assert not waited, "a watched step waits for the device"
     for layer in watch.history().layers:
         for side in (layer.output, layer.gradient_in, layer.gradient_out):
             assert side.count.tolist() == [256 * 64] * 4
