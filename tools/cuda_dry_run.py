@@ -109,22 +109,24 @@ def main() -> int:
     arguments, of_pytest = parser.parse_known_args()
 
     folder = FOLDER / arguments.torch
-    made, packages = folder / "made", " ".join(PACKAGES)
+    made, of_what = folder / "made", "\n".join([sys.version, *PACKAGES])
     start = time.perf_counter()
-    if made.exists() and made.read_text() == packages:
+    if made.exists() and made.read_text() == of_what:
         python = folder / "environment" / "bin" / "python"
         site = Path(sysconfig.get_path("platlib", vars={"platbase": str(folder / "environment")}))
     else:
         shutil.rmtree(folder, ignore_errors=True)
         python, site = environment(folder / "environment", arguments.torch, arguments.wheels, PACKAGES)
-        made.write_text(packages)
+        made.write_text(of_what)
     print(f"environment with {arguments.torch}: {time.perf_counter() - start:.0f} s", flush=True)
+    if not (site / "torch" / "lib" / "libtorch_cuda.so").exists():
+        sys.exit(f"{arguments.torch} has no CUDA where pip finds it")
     start = time.perf_counter()
+    os.environ["STAND_IN_CUDA"] = run(python, "-c", "import torch; print(torch.version.cuda)").strip()
     runtime = runtime_library(site, folder)
     torch_ops(site, folder, runtime)
     tools = toolkit(folder / "toolkit", runtime)
     os.environ |= {"FASTACT_CUDA": "1", "CUDA_HOME": str(tools), "STAND_IN_TOOLKIT": str(tools)}
-    os.environ["STAND_IN_CUDA"] = run(python, "-c", "import torch; print(torch.version.cuda)").strip()
     checkout = source(folder / "checkout")
     for path in checkout.glob("tests/*.py"):
         if not (ROOT / path.relative_to(checkout)).exists():
