@@ -70,7 +70,7 @@ struct Lanes {
   FASTACT_FN friend Lanes bits_difference(Lanes a, Lanes b) { return Lanes((Raw)((Bits)a.raw - (Bits)b.raw)); }
 
   /// Cut off after half of the digits.
-  FASTACT_FN Lanes half() const { return Lanes((Raw)((Bits)raw & ~((Bits{} + 1 << (BitsOf<T>::fraction + 2) / 2) - 1))); }
+  FASTACT_FN Lanes half() const { return Lanes((Raw)((Bits)raw & ~(((Bits{} + 1) << (BitsOf<T>::fraction + 2) / 2) - 1))); }
 
  private:
   FASTACT_FN static Bits sign() { return Bits{} + Signed(uint64_t(1) << (8 * sizeof(T) - 1)); }
