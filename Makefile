@@ -5,7 +5,7 @@ BIN    := .venv/bin
 # A build knows its torch: another TORCH makes the environment anew.
 STAMP  := .venv/.made-with-$(subst /,_,$(subst =,-,$(TORCH)))
 SOURCES := $(wildcard csrc/*.h csrc/*/*) setup.py pyproject.toml
-C_FILES := csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cuda_shim/* tests/cuda_stand_in/*.h tests/cuda_stand_in/*.cpp
+C_FILES := csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*.cpp tests/cuda_shim/* tests/cuda_stand_in/*.h tests/cuda_stand_in/*.cpp
 
 .PHONY: demo troubles test bench lint format install-check matrix docs cuda-check cuda-link cuda-dry-run clean
 .PHONY: gpu-test gpu-build gpu-kernels gpu-suite gpu-sanitize

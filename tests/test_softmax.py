@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ALONG_DIM, BEST_ISA, DEVICE, DTYPES, INTEGER, THREAD_COUNTS, bits, softmax_slack
+from conftest import ALONG_DIM, BEST_ISA, DEVICE, DTYPES, INTEGER, ROOT, THREAD_COUNTS, bits, softmax_slack
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -785,6 +786,21 @@ def test_threads(shape: tuple[int, ...], dim: int, member: Member, dtype: torch.
         assert_same_bits(member.backward(dy, y, dim), dx, f"{what}, gradient")
         flipped = x.transpose(0, -1).contiguous().transpose(0, -1)
         assert_same_bits(member.forward(flipped, dim), y, f"{what}, transposed in memory", member.slack(dtype, dim, y))
+
+
+@pytest.mark.cpu_only("the CPU's kernels, with the CPU's sanitizer")
+def test_nothing_is_touched_that_is_not_the_tensors(tmp_path: Path) -> None:
+    """Nor beyond a buffer of the kernels' own."""
+    source = (ROOT / "csrc" / "cpu" / f"{BEST_ISA}.cpp").read_text()
+    assert source.count('#include "table.h"') == 1
+    source = source.replace('#include "table.h"', '#include "softmax_bounds.cpp"')
+    program = tmp_path / "softmax_bounds"
+    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-g1", "-Wno-psabi", "-fsanitize=address", "-x", "c++", "-"]
+    folders = [f"-I{ROOT / 'csrc' / 'cpu'}", f"-I{ROOT / 'tests'}"]
+    subprocess.run([*command, *folders, "-o", program], input=source, text=True, check=True)
+    ran = subprocess.run([program], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout.split()[0]) > 1000
 
 
 def test_expanded_gradients(dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:

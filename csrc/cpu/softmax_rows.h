@@ -540,8 +540,8 @@ void columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end, F<Lan
   using C = Cut<V>;
   const C cut(s.length, end - begin);
   alignas(64) T buffer[C::room];
-  alignas(64) T maximum[C::most];
-  alignas(64) T factor[C::most];
+  alignas(64) T maximum[C::most + N];
+  alignas(64) T factor[C::most + N];
   alignas(64) T block[C::most];
   alignas(64) double total[C::most];
   const bool whole = s.length <= cut.rows;
@@ -559,7 +559,7 @@ void columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end, F<Lan
         body(from, s.length - from < cut.rows ? s.length : from + cut.rows);
     };
     for (int r = 0; r < width; r += N) store(maximum + r, f.least());
-    for (int r = 0; r < width + N; ++r) total[r] = 0;
+    for (int r = 0; r < width; ++r) total[r] = 0;
     blocks([&](int64_t from, int64_t to) __attribute__((always_inline)) {
       fill(from, to);
       panel.maxima(int(to - from), maximum);
@@ -606,13 +606,13 @@ void columns_backward(const S* dy, const S* y, S* dx, SoftmaxShape s, int64_t be
   using C = Cut<V>;
   const C cut(s.length, end - begin);
   alignas(64) T buffer[C::room];
-  alignas(64) T dot[C::most];
+  alignas(64) T dot[C::most + V::lanes];
   alignas(64) T block[C::most];
   alignas(64) double total[C::most];
 
   for (int64_t first = begin; first < end; first += cut.width) {
     const int width = end - first < cut.width ? int(end - first) : cut.width;
-    for (int r = 0; r < width + V::lanes; ++r) total[r] = 0;
+    for (int r = 0; r < width; ++r) total[r] = 0;
     for (int64_t from = 0; from < s.length; from += cut.rows) {
       const int64_t to = s.length - from < cut.rows ? s.length : from + cut.rows;
       each_piece<V>(s, first, width, from, to, [&](int64_t at, int64_t j, int c, int count) __attribute__((always_inline)) {
