@@ -788,6 +788,21 @@ def test_threads(shape: tuple[int, ...], dim: int, member: Member, dtype: torch.
         assert_same_bits(member.forward(flipped, dim), y, f"{what}, transposed in memory", member.slack(dtype, dim, y))
 
 
+# As long as one buffer, one block of the sum or several; as wide as a panel or two, and not whole vectors.
+@each_member
+@pytest.mark.parametrize("n", [568, 1025, 2111, 4096])
+def test_long_columns(n: int, member: Member, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+    """Columns too long for a buffer, of so many neighbours that they are read from where they lie."""
+    for outer, inner in [(1, 64), (2, 67), (3, 130), (1, 530)]:
+        x, dy = (normal((outer, n, inner), dtype, generator).to(dtype) for _ in range(2))
+        rows, dy_rows = (t.transpose(1, 2).contiguous() for t in (x, dy))
+        y_rows = member.forward(rows, 2)
+        y, what = y_rows.transpose(1, 2).contiguous(), f"{member} {dtype} {isa}, {outer} of {n} rows of {inner}"
+        assert_same_bits(member.forward(x, 1), y, what, member.slack(dtype, 1, y))
+        dx = member.backward(dy_rows, y_rows, 2).transpose(1, 2)
+        assert_same_bits(member.backward(dy, y, 1), dx, f"{what}, gradient", member.slack(dtype, 1, y, dy))
+
+
 @pytest.mark.cpu_only("the CPU's kernels, with the CPU's sanitizer")
 def test_nothing_is_touched_that_is_not_the_tensors(tmp_path: Path) -> None:
     """Nor beyond a buffer of the kernels' own."""

@@ -17,6 +17,11 @@ constexpr int kShortRow = 32, kShortRowBackward = 16;
 /// Bytes for the rows at work, in the compute type and on the stack: what they should take to stay in L1, and the most.
 constexpr int kNear = 32768, kScratch = 327680;
 
+/// For columns that are read where they lie, and more than once: bytes that L2 still holds the next time, with as many that are
+/// fetched meanwhile; and where columns are too long for that, bytes of a row that are worked on together, and of the rows that
+/// are fetched ahead of them.
+constexpr int kReadAgain = 131072, kPiece = 512, kAhead = 4096;
+
 // ---- Vectors abreast -------------------------------------------------------------------------------------------------
 
 /// Vectors that go through a formula in step, so that the processor always finds instructions that do not wait for one another:
@@ -167,12 +172,18 @@ FASTACT_FN void will_write(S* p) {
   for (int i = 0; i < count; i += 64 / int(sizeof(S))) will_write(p + i);
 }
 
+/// Fetches `count` elements for reading.
+template <class S, int count>
+FASTACT_FN void fetch(const S* p) {
+#pragma GCC unroll 8
+  for (int i = 0; i < count; i += 64 / int(sizeof(S))) __builtin_prefetch(p + i, 0, 3);
+}
+
 /// Fetches what is read soon. The hardware does so for one long stream, but not far enough ahead where short pieces are worked
 /// on.
 template <class S, int count>
 FASTACT_FN void will_read(const S* p) {
-#pragma GCC unroll 4
-  for (int i = 0; i < count; i += 64 / int(sizeof(S))) __builtin_prefetch(reinterpret_cast<const char*>(p + i) + 1024, 0, 3);
+  fetch<S, count>(p + 1024 / sizeof(S));
 }
 
 /// The sum of body(i, K, last) over a row.
@@ -304,24 +315,21 @@ struct Panel {
       m.write(maximum + r, N);
     });
   }
-  /// The terms of `length` elements, which go to the same places from `to` on; calls meanwhile(j, r) for each of their kAbreast
+  /// The terms of `length` elements, which go to the same places from `to` on; calls meanwhile(j, r, K) for each K of their
   /// vectors.
   template <template <class> class F, class Meanwhile>
   FASTACT_FN void terms(T* to, int length, const T* maximum, F<V> f, Meanwhile meanwhile) const {
-    each_group<kAbreast>([&](int r, auto k) __attribute__((always_inline)) {
-      using A = Abreast<V, decltype(k)::value>;
-      const F<A> abreast(f);
-      const A m = A::read(maximum + r, N, V(0));
-      for (int j = 0; j < length; ++j) {
-        const int place = j * stride + r;
-        meanwhile(j, r);
-        abreast.term(A::read(at + place, N, V(0)), m).write(to + place, N);
-      }
-    });
+    for (int j = 0; j < length; ++j)
+      each_chunk<V>(0, width, [&](int64_t r, auto k, int) __attribute__((always_inline)) {
+        using A = Abreast<V, decltype(k)::value>;
+        const int64_t place = j * stride + r;
+        meanwhile(j, r, k);
+        F<A>(f).term(A::read(at + place, N, V(0)), A::read(maximum + r, N, V(0))).write(to + place, N);
+      });
   }
   template <template <class> class F>
   __attribute__((noinline)) void terms(T* to, int length, const T* maximum, F<V> f) const {
-    terms(to, length, maximum, f, [](int, int) __attribute__((always_inline)) {});
+    terms(to, length, maximum, f, [](int, int64_t, auto) __attribute__((always_inline)) {});
   }
   /// The partial sums l, l + w, l + 2 w ... of `length` elements, added as a tree; those from `length` on are 0 and left out.
   template <int w, class A>
@@ -498,23 +506,62 @@ FASTACT_FN int64_t column_at(SoftmaxShape s, int64_t column) {
   return column / s.inner * s.length * s.inner + column % s.inner;
 }
 
-/// Calls body(at, j, c, count) for pieces of neighbours in memory of up to a vector, `count` elements at `at`: of elements j
-/// from `begin` to `end`, and of columns c from `first` on, `width` of them.
+/// Where something lies that is needed soon, if anything is.
+struct Soon {
+  bool any;
+  int64_t at;
+
+  template <class S, int count>
+  FASTACT_FN void fetch_from(const S* p) const {
+    if (any) fetch<S, count>(p + at);
+  }
+};
+
+/// Whether columns have so many neighbours that these are worth fetching ahead of time; a few are one stream with those of the
+/// next row.
+template <class V>
+FASTACT_FN bool broad(SoftmaxShape s) {
+  return s.inner >= kAbreast * V::lanes;
+}
+
+/// Calls body(at, j, c, K, last, soon) for pieces of neighbours in memory: K vectors from `at` on, of which the last has `last`
+/// elements; of elements j from `begin` to `end`, and of columns c from `first` on, `width` of them. `soon` is what will be
+/// read `ahead` rows later, if that is not 0; behind the last row comes the first one of the next columns.
 template <class V, class Body>
-FASTACT_FN void each_piece(SoftmaxShape s, int64_t first, int width, int64_t begin, int64_t end, Body body) {
-  constexpr int N = V::lanes;
+FASTACT_FN void each_piece(SoftmaxShape s, int64_t first, int width, int64_t begin, int64_t end, int64_t ahead, Body body) {
+  constexpr int N = V::lanes, chunk = kAbreast * N;
   for (int c = 0; c < width;) {
     const int64_t at = column_at(s, first + c), left = s.inner - (first + c) % s.inner;
-    const int run = left < width - c ? int(left) : width - c, whole = run / N * N, rest = run - whole;
-    for (int64_t j = begin; j < end; ++j) {
-      for (int i = 0; i < whole; i += N) body(at + j * s.inner + i, j, c + i, N);
-      if (rest > 0) body(at + j * s.inner + whole, j, c + whole, rest);
+    const int run = left < width - c ? int(left) : width - c;
+    if (broad<V>(s)) {
+      for (int64_t j = begin; j < end; ++j) {
+        const int64_t row = at + j * s.inner, later = j + ahead;
+        const int64_t soon = at + (later < s.length ? later * s.inner : (later - s.length) * s.inner + width);
+        int i = 0;
+        for (; i + chunk <= run; i += chunk) body(row + i, j, c + i, Constant<kAbreast>(), N, Soon{ahead > 0, soon + i});
+        for (; i < run; i += N) body(row + i, j, c + i, Constant<1>(), run - i < N ? run - i : N, Soon{ahead > 0, soon + i});
+      }
+    } else {
+      const int whole = run / N * N, rest = run - whole;
+      for (int64_t j = begin; j < end; ++j) {
+        const int64_t row = at + j * s.inner;
+        for (int i = 0; i < whole; i += N) body(row + i, j, c + i, Constant<1>(), N, Soon{false, 0});
+        if (rest > 0) body(row + whole, j, c + whole, Constant<1>(), rest, Soon{false, 0});
+      }
     }
     c += run;
   }
 }
 
-/// How columns are cut into panels: their rows, width and stride, which leaves room for a vector to overrun.
+/// Calls body(from, to) for the parts of a column that are summed by themselves.
+template <class T, class Body>
+FASTACT_FN void each_block(int64_t length, Body body) {
+  for (int64_t from = 0; from < length; from += kSumBlock<T>)
+    body(from, length - from < kSumBlock<T> ? length : from + kSumBlock<T>);
+}
+
+/// How columns are cut into panels that are held in a buffer: their rows, width and stride, which leaves room for a vector to
+/// overrun.
 template <class V>
 struct Cut {
   static constexpr int unit = kSoftmaxColumns, most = 8 * unit, room = kScratch / int(sizeof(typename V::Element));
@@ -522,8 +569,10 @@ struct Cut {
 
   /// Whether a piece of a row is long enough to fetch its lines ahead of time.
   FASTACT_FN bool long_pieces(int element_size) const { return width * element_size >= 512; }
+  /// Whether a whole column of such a length finds room.
+  static FASTACT_FN bool fits(int64_t length) { return length <= room / (unit + V::lanes); }
   FASTACT_FN Cut(int64_t length, int64_t columns) {
-    rows = int(length <= room / (unit + V::lanes) ? length : int64_t(kSumBlock<typename V::Element>));
+    rows = int(fits(length) ? length : int64_t(kSumBlock<typename V::Element>));
     const int near = kNear / int(sizeof(typename V::Element)) / rows / unit * unit;
     const int fitting = (room / rows - V::lanes) / unit * unit;
     width = near > most ? most : near > unit ? near : fitting < 2 * unit ? unit : 2 * unit;
@@ -531,6 +580,97 @@ struct Cut {
     stride = (width + V::lanes - 1) / V::lanes * V::lanes + V::lanes;
   }
 };
+
+/// The same where they are read from where they lie, as `size` bytes for each element: their width, how many rows are fetched
+/// ahead, and how many in the last pass. What stays in L2 need not be fetched again, and leaves time to fetch the whole of the
+/// next panel.
+template <class V>
+struct Flow {
+  static constexpr int unit = kSoftmaxColumns, most = 8 * unit;
+  int width;
+  int64_t ahead, at_last;
+
+  FASTACT_FN Flow(SoftmaxShape s, int size, int64_t columns) {
+    const int64_t stays = kReadAgain / size / s.length / unit * unit;
+    width = stays > most ? most : stays >= unit ? int(stays) : kPiece / size > unit ? kPiece / size : unit;
+    if (columns < width) width = int(columns);
+    const int rows = kAhead / (width * size);
+    ahead = stays >= unit ? 0 : rows < 1 ? 1 : rows > 32 ? 32 : rows;
+    at_last = stays >= unit ? s.length : ahead;
+  }
+};
+
+/// The sums of columns in the order that softmax.h defines, of elements that come row by row.
+template <class V>
+struct ColumnSums {
+  using T = typename V::Element;
+  static constexpr int N = V::lanes, most = Flow<V>::most;
+  int width, stride;
+  alignas(64) T partial[kSumLanes * (most + N)];
+  alignas(64) T block[most + N];
+  alignas(64) double total[most];
+
+  FASTACT_FN explicit ColumnSums(int columns) : width(columns), stride((columns + N - 1) / N * N + N) {
+    for (int c = 0; c < width; ++c) total[c] = 0;
+  }
+  /// Elements j of columns from c on, of a block that begins with element `from`.
+  template <int K>
+  FASTACT_FN void add(int64_t from, int64_t j, int c, Abreast<V, K> e) {
+    T* const p = partial + int(uint64_t(j) % kSumLanes) * stride + c;
+    (j - from < kSumLanes ? e : Abreast<V, K>::read(p, N, V(0)) + e).write(p, N);
+  }
+  FASTACT_FN void end_block(int64_t rows) {
+    Panel<V>{partial, stride, width}.sums(rows < kSumLanes ? int(rows) : kSumLanes, block);
+    for (int c = 0; c < width; ++c) total[c] += double(block[c]);
+  }
+  FASTACT_FN void results(T* to) const {
+    for (int c = 0; c < width; ++c) to[c] = T(total[c]);
+  }
+};
+
+/// Columns that are longer than a buffer, and read from where they lie.
+template <template <class> class F, class S>
+void long_columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end, F<LaneOf<S>> f) {
+  using V = LaneOf<S>;
+  using T = typename V::Element;
+  constexpr int N = V::lanes, most = Flow<V>::most + N;
+  const Flow<V> flow(s, sizeof(S), end - begin);
+  alignas(64) T maximum[most];
+  alignas(64) T factor[most];
+
+  for (int64_t first = begin; first < end; first += flow.width) {
+    const int width = end - first < flow.width ? int(end - first) : flow.width;
+    ColumnSums<V> sums(width);
+    for (int c = 0; c < width; c += N) store(maximum + c, f.least());
+    each_piece<V>(s, first, width, 0, s.length, flow.ahead,
+                  [&](int64_t at, int64_t, int c, auto k, int last, Soon soon) __attribute__((always_inline)) {
+                    using A = Abreast<V, decltype(k)::value>;
+                    soon.fetch_from<S, decltype(k)::value * N>(x);
+                    max(A::read(x + at, last, V(0)), A::read(maximum + c, N, V(0))).write(maximum + c, last);
+                  });
+    const auto term_at = [&](int64_t at, int c, auto k, int last) __attribute__((always_inline)) {
+      using A = Abreast<V, decltype(k)::value>;
+      return F<A>(f).term(A::read(x + at, last, V(0)), A::read(maximum + c, N, V(0)));
+    };
+    each_block<T>(s.length, [&](int64_t from, int64_t to) __attribute__((always_inline)) {
+      each_piece<V>(s, first, width, from, to, flow.ahead,
+                    [&](int64_t at, int64_t j, int c, auto k, int last, Soon soon) __attribute__((always_inline)) {
+                      soon.fetch_from<S, decltype(k)::value * N>(x);
+                      sums.add(from, j, c, term_at(at, c, k, last));
+                    });
+      sums.end_block(to - from);
+    });
+    sums.results(factor);
+    for (int c = 0; c < width; c += N) store(factor + c, f.factor(load(factor + c)));
+    each_piece<V>(s, first, width, 0, s.length, flow.at_last,
+                  [&](int64_t at, int64_t, int c, auto k, int last, Soon soon) __attribute__((always_inline)) {
+                    using A = Abreast<V, decltype(k)::value>;
+                    soon.fetch_from<S, decltype(k)::value * N>(x);
+                    const A from = F<V>::keeps_terms ? term_at(at, c, k, last) : A::read(x + at, last, V(0));
+                    F<A>(f).forward(from, A::read(maximum + c, N, V(0)), A::read(factor + c, N, V(0))).write(y + at, last);
+                  });
+  }
+}
 
 template <template <class> class F, class S>
 void columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end, F<LaneOf<S>> f) {
@@ -550,9 +690,11 @@ void columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end, F<Lan
     const int width = end - first < cut.width ? int(end - first) : cut.width;
     const Panel<V> panel{buffer, cut.stride, width};
     const auto fill = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
-      each_piece<V>(s, first, width, from, to, [&](int64_t at, int64_t j, int c, int count) __attribute__((always_inline)) {
-        store(buffer + (j - from) * cut.stride + c, load_some(x + at, count, V(0)));
-      });
+      each_piece<V>(s, first, width, from, to, 0,
+                    [&](int64_t at, int64_t j, int c, auto k, int last, Soon) __attribute__((always_inline)) {
+                      using A = Abreast<V, decltype(k)::value>;
+                      A::read(x + at, last, V(0)).write(buffer + (j - from) * cut.stride + c, N);
+                    });
     };
     const auto blocks = [&](auto body) __attribute__((always_inline)) {
       for (int64_t from = 0; from < s.length; from += cut.rows)
@@ -571,10 +713,8 @@ void columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end, F<Lan
       } else {
         // Memory is idle while terms are computed: it brings what the next panel will read.
         const S* next = x + column_at(s, first + width);
-        panel.terms(buffer, int(to), maximum, f, [&](int j, int r) __attribute__((always_inline)) {
-          const int64_t at = j * s.inner + r;
-#pragma GCC unroll 8
-          for (int i = 0; i < kAbreast * N; i += 64 / int(sizeof(S))) __builtin_prefetch(next + at + i, 0, 2);
+        panel.terms(buffer, int(to), maximum, f, [&](int j, int64_t r, auto k) __attribute__((always_inline)) {
+          fetch<S, decltype(k)::value * N>(next + j * s.inner + r);
         });
       }
       for (int64_t at = from; at < to; at += kSumBlock<T>) {
@@ -590,11 +730,14 @@ void columns(const S* x, S* y, SoftmaxShape s, int64_t begin, int64_t end, F<Lan
         fill(from, to);
         panel.terms(buffer, int(to - from), maximum, f);
       }
-      each_piece<V>(s, first, width, from, to, [&](int64_t at, int64_t j, int c, int count) __attribute__((always_inline)) {
-        if (cut.long_pieces(sizeof(S))) will_write(y + at);
-        const V v = F<V>::keeps_terms ? load(buffer + (j - from) * cut.stride + c) : load_some(x + at, count, V(0));
-        store_some(y + at, count, f.forward(v, load(maximum + c), load(factor + c)));
-      });
+      each_piece<V>(s, first, width, from, to, 0,
+                    [&](int64_t at, int64_t j, int c, auto k, int last, Soon) __attribute__((always_inline)) {
+                      using A = Abreast<V, decltype(k)::value>;
+                      if (cut.long_pieces(sizeof(S))) will_write<S, decltype(k)::value * N>(y + at);
+                      const A v = F<V>::keeps_terms ? A::read(buffer + (j - from) * cut.stride + c, N, V(0))
+                                                    : A::read(x + at, last, V(0));
+                      F<A>(f).forward(v, A::read(maximum + c, N, V(0)), A::read(factor + c, N, V(0))).write(y + at, last);
+                    });
     });
   }
 }
@@ -603,33 +746,32 @@ template <template <class> class F, class S>
 void columns_backward(const S* dy, const S* y, S* dx, SoftmaxShape s, int64_t begin, int64_t end, F<LaneOf<S>> f) {
   using V = LaneOf<S>;
   using T = typename V::Element;
-  using C = Cut<V>;
-  const C cut(s.length, end - begin);
-  alignas(64) T buffer[C::room];
-  alignas(64) T dot[C::most + V::lanes];
-  alignas(64) T block[C::most];
-  alignas(64) double total[C::most];
+  constexpr int N = V::lanes;
+  const Flow<V> flow(s, 2 * sizeof(S), end - begin);
+  alignas(64) T dot[Flow<V>::most + N];
 
-  for (int64_t first = begin; first < end; first += cut.width) {
-    const int width = end - first < cut.width ? int(end - first) : cut.width;
-    for (int r = 0; r < width; ++r) total[r] = 0;
-    for (int64_t from = 0; from < s.length; from += cut.rows) {
-      const int64_t to = s.length - from < cut.rows ? s.length : from + cut.rows;
-      each_piece<V>(s, first, width, from, to, [&](int64_t at, int64_t j, int c, int count) __attribute__((always_inline)) {
-        const V product = F<V>::product(load_some(dy + at, count, V(0)), load_some(y + at, count, V(0)));
-        store(buffer + (j - from) * cut.stride + c, product);
-      });
-      for (int64_t at = from; at < to; at += kSumBlock<T>) {
-        Panel<V>{buffer + (at - from) * cut.stride, cut.stride, width}.sums(
-            int(to - at < kSumBlock<T> ? to - at : kSumBlock<T>), block);
-        for (int r = 0; r < width; ++r) total[r] += double(block[r]);
-      }
-    }
-    for (int r = 0; r < width; ++r) dot[r] = T(total[r]);
-    each_piece<V>(s, first, width, 0, s.length, [&](int64_t at, int64_t, int c, int count) __attribute__((always_inline)) {
-      will_write(dx + at);
-      store_some(dx + at, count, f.backward(load_some(dy + at, count, V(0)), load_some(y + at, count, V(0)), load(dot + c)));
+  for (int64_t first = begin; first < end; first += flow.width) {
+    const int width = end - first < flow.width ? int(end - first) : flow.width;
+    ColumnSums<V> sums(width);
+    each_block<T>(s.length, [&](int64_t from, int64_t to) __attribute__((always_inline)) {
+      each_piece<V>(s, first, width, from, to, flow.ahead,
+                    [&](int64_t at, int64_t j, int c, auto k, int last, Soon soon) __attribute__((always_inline)) {
+                      using A = Abreast<V, decltype(k)::value>;
+                      soon.fetch_from<S, decltype(k)::value * N>(dy);
+                      soon.fetch_from<S, decltype(k)::value * N>(y);
+                      sums.add(from, j, c, F<A>::product(A::read(dy + at, last, V(0)), A::read(y + at, last, V(0))));
+                    });
+      sums.end_block(to - from);
     });
+    sums.results(dot);
+    each_piece<V>(s, first, width, 0, s.length, flow.at_last,
+                  [&](int64_t at, int64_t, int c, auto k, int last, Soon soon) __attribute__((always_inline)) {
+                    using A = Abreast<V, decltype(k)::value>;
+                    soon.fetch_from<S, decltype(k)::value * N>(dy);
+                    soon.fetch_from<S, decltype(k)::value * N>(y);
+                    const A d = A::read(dy + at, last, V(0)), v = A::read(y + at, last, V(0));
+                    F<A>(f).backward(d, v, A::read(dot + c, N, V(0))).write(dx + at, last);
+                  });
   }
 }
 
@@ -646,7 +788,9 @@ void softmax_forward(const void* x_, void* y_, SoftmaxShape s, SoftmaxOptions op
   const F<V> f(options);
   if (s.inner > 1) {
     const int64_t all = s.outer * s.inner;
-    columns(x, y, s, begin * kSoftmaxColumns, end * kSoftmaxColumns < all ? end * kSoftmaxColumns : all, f);
+    const bool in_place = broad<V>(s) && !Cut<V>::fits(s.length);
+    (in_place ? long_columns<F, S> : columns<F, S>)(x, y, s, begin * kSoftmaxColumns,
+                                                    end * kSoftmaxColumns < all ? end * kSoftmaxColumns : all, f);
   } else if (s.length <= kShortRow) {
     constexpr int most = kSquares * V::lanes;
     for (int64_t row = begin; row < end; row += most)
