@@ -92,8 +92,9 @@ struct SiLU : SavesInput {
     return any_less(x, normal) ? V(select(x < normal, times_exp_subnormal(x, x), y)) : y;
   }
   FASTACT_FN V backward(V dy, V x) const {
-    const V normal(Constants<typename ElementOf<V>::type>::exp_normal), s = logistic(x);
-    const V slope = s * fma(x, logistic_gradual(V(-x)), V(1));  // 1 - s would lose what x multiplies
+    const V normal(Constants<typename ElementOf<V>::type>::exp_normal);
+    const auto s = both_logistics(x);
+    const V slope = s.of_x * fma(x, s.of_minus_x, V(1));  // 1 - s.of_x would lose what x multiplies
     return dy * (any_less(x, normal) ? V(select(x < normal, times_exp_subnormal(V(1 + x), x), slope)) : slope);
   }
 };

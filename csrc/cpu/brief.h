@@ -45,6 +45,13 @@ FASTACT_FN Brief logistic(Brief x) {
   return fma(fma(-sum, r, Float(1)), r, r);
 }
 
+FASTACT_FN Logistics<Brief> both_logistics(Brief x) {
+  const Float e = exp_nonpositive(-abs(Float(x))), sum = 1 + e, r(_mm512_rcp14_ps(sum.raw));
+  const Float large = fma(fma(-sum, r, Float(1)), r, r), small = e * large;
+  const auto negative = x < Float(0);
+  return {select(negative, small, large), select(negative, large, small)};
+}
+
 #endif
 
 }  // namespace

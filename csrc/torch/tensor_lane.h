@@ -107,6 +107,12 @@ inline TensorLane logistic(const TensorLane& x) {
   return {s, x.tangent * (s * rest)};
 }
 inline TensorLane logistic_gradual(const TensorLane& x) { return logistic(x); }
+inline auto both_logistics(const TensorLane& x) {
+  struct {
+    TensorLane of_x, of_minus_x;
+  } both{logistic(x), logistic(-x)};
+  return both;
+}
 inline TensorLane logistic_derivative(const TensorLane& x, int factor = 1) {
   const Term s{x.value.tensor.sigmoid()}, rest{(-x.value.tensor).sigmoid()}, d = Term{{}, double(factor)} * s * rest;
   return {d, x.tangent * (d * (rest - s))};
