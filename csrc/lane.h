@@ -279,6 +279,12 @@ FASTACT_FN V logistic_gradual(V x) {
   return any_less(x, normal) ? V(select(x < normal, exp_subnormal(x), y)) : y;
 }
 
+/// 1 / x for x from 1 on. A lane type whose results are rounded to 16 bits may have a quicker way.
+template <class V>
+FASTACT_FN V reciprocal(V x) {
+  return 1 / x;
+}
+
 /// The logistic function on both sides of zero.
 template <class V>
 struct Logistics {
@@ -288,7 +294,7 @@ struct Logistics {
 /// 1 / (1 + e^-x) and 1 / (1 + e^x), of one exponential and one division; 0 where one is subnormal. Max error 2.9 ULP.
 template <class V>
 FASTACT_FN Logistics<V> both_logistics(V x) {
-  const V e = exp_nonpositive(-abs(x)), large = 1 / (1 + e), small = e * large;
+  const V e = exp_nonpositive(-abs(x)), large = reciprocal(V(1 + e)), small = e * large;
   const auto negative = x < V(0);
   return {select(negative, small, large), select(negative, large, small)};
 }

@@ -16,7 +16,7 @@ struct Computed {
 
 #if defined(__x86_64__) && FASTACT_VECTOR_BYTES == 64
 
-/// A Float whose logistic function is good to 21 bits.
+/// A Float whose logistic function and reciprocal are good to 21 bits.
 struct Brief : Float {
   Brief() = default;
   FASTACT_FN Brief(Float v) : Float(v) {}
@@ -32,24 +32,21 @@ struct Computed<Float16> {
   using Lane = Brief;
 };
 
-/// e^-x as 2^n 2^f with |f| <= 1/2, and a reciprocal of 14 bits with one step of Newton's method. The 1 of 2^f is exact: near 0
-/// a sigmoid comes close to the middle between two numbers of 16 bits.
+/// A reciprocal of 14 bits, and one step of Newton's method.
+FASTACT_FN Brief reciprocal(Brief x) {
+  const Float r(_mm512_rcp14_ps(x.raw));
+  return fma(fma(-x, r, Float(1)), r, r);
+}
+
+/// e^-x as 2^n 2^f with |f| <= 1/2. The 1 of 2^f is exact: near 0 a sigmoid comes close to the middle between two numbers of 16
+/// bits.
 FASTACT_FN Brief logistic(Brief x) {
   using C = Constants<float>;
   const Float bounded = min(Float(-C::exp_normal), x);
   const Float n = fma(bounded, Float(-C::log2_e), Float(C::round_bias)) - C::round_bias;
   const Float f = fma(bounded, Float(-C::log2_e), -n);
   const Float power = polynomial(f, 0x1p+0f, 0x1.62e39ep-1f, 0x1.ebfa4cp-3f, 0x1.c74348p-5f, 0x1.3cbf1p-7f, 0x1.23a60ap-10f);
-  const Float sum = scale2(power, n, n) + 1;
-  const Float r(_mm512_rcp14_ps(sum.raw));
-  return fma(fma(-sum, r, Float(1)), r, r);
-}
-
-FASTACT_FN Logistics<Brief> both_logistics(Brief x) {
-  const Float e = exp_nonpositive(-abs(Float(x))), sum = 1 + e, r(_mm512_rcp14_ps(sum.raw));
-  const Float large = fma(fma(-sum, r, Float(1)), r, r), small = e * large;
-  const auto negative = x < Float(0);
-  return {select(negative, small, large), select(negative, large, small)};
+  return reciprocal(Brief(scale2(power, n, n) + 1));
 }
 
 #endif
